@@ -1,8 +1,8 @@
 """A small CNN that reads images: are samples what their labels say, and what do Z_I and Z_R carry?
 
-    python scripts/classifier.py fit digits digits.pt             # or a folder, .zip, .npz with labels; also the features for fid.py --features
-    python scripts/classifier.py read digits.pt samples.npz       # how many samples are read as their label
-    python scripts/classifier.py swap digits.pt runs/tiny         # permute Z_R, or Z_I, over the tokens, invert, and read again
+    python support/classifier.py fit digits digits.pt             # or a folder, .zip, .npz with labels; also the features for fid.py --features
+    python support/classifier.py read digits.pt samples.npz       # how many samples are read as their label
+    python support/classifier.py swap digits.pt runs/tiny         # permute Z_R, or Z_I, over the tokens, invert, and read again
 """
 import sys
 from pathlib import Path
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from farmer import PRESETS, UserError, load, patchify, quantize, unpatchify  # noqa: E402
+from farmer import Config, UserError, load, patchify, quantize, unpatchify  # noqa: E402
 from sample import Parser, run  # noqa: E402
-from train import RUNS, dequantized, sigma_at, training_data  # noqa: E402
+from train import Train, dequantized, sigma_at, training_data  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -43,9 +43,9 @@ def to_float(images: Tensor) -> Tensor:
 def fit(data: str, out: str, holdout: int, epochs: int, size: int, seed: int) -> None:
     """Trains on `data` ("digits": the built-in ones) and writes a TorchScript file; prints the accuracy on images that it has not seen."""
     torch.manual_seed(seed)
-    settings = RUNS["tiny"].__class__(data=data, holdout=holdout if data != "digits" else 0)
+    settings = Train(data=data, holdout=holdout if data != "digits" else 0)
     classes = 10 if data == "digits" else 10**6
-    config = PRESETS["tiny"].__class__(image_size=size, num_classes=classes)
+    config = Config(image_size=size, num_classes=classes)
     dataset, indices, val, val_indices = training_data(settings, config)
     images, labels = dataset.batch(indices)
     model = Classifier(images.shape[1], int(labels.max()) + 1)
@@ -80,7 +80,7 @@ def read(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def swap(classifier: nn.Module, run_dir: str, num: int, seed: int) -> None:
     """The swap test: what an i.i.d. draw of Z_R would throw away shows in how much permuting it over the tokens changes the picture."""
     farmer, extra = load(run_dir)
-    c, train = farmer.config, RUNS["tiny"].__class__(**extra["train"])
+    c, train = farmer.config, Train(**extra["train"])
     _, _, val, indices = training_data(train, c)
     images, labels = val.batch(indices[:num])
     X = patchify(dequantized(images, torch.from_numpy(indices[:num]), seed, sigma_at(train, train.steps)), c.patch_size)
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("second", help="fit: the file to write; read: samples (.npz with labels); swap: a run")
     parser.add_argument("--holdout", type=int, default=500, help="fit: images per class kept out of training")
     parser.add_argument("--image-size", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--num", type=int, default=200, help="swap: images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
