@@ -72,6 +72,7 @@ class Config:
     redundant_mixtures: int = field(default=1, metadata={"help": "K_R, components of the one mixture shared by all redundant parts"})
     class_tokens: int = field(default=4, metadata={"help": "M, times the class embedding is repeated"})
     final_flip: bool = field(default=True, metadata={"help": "the AR reads tokens against the last flow block's order"})
+    look_above: bool = field(default=False, metadata={"help": "the Transformers read each token beside the one above the token it predicts"})
     linear_map: str = field(default="none", metadata={"help": "fixed map of the patch channels, fitted on data: none, rotate (PCA) or whiten"})
     sampling: Sampling = Sampling()
 
@@ -118,11 +119,13 @@ _p8 = {**_p16, "patch_size": 8, "informative_dim": 32}  # d_I of p8 is open: as 
 _1b = dict(flow_blocks=28, flow_layers=4, flow_width=768, ar_layers=12, ar_width=768, redundant_mixtures=200)
 _2b = dict(flow_blocks=32, flow_layers=6, flow_width=768, ar_layers=24, ar_width=1024, redundant_mixtures=136)  # K_R: see README
 PRESETS = {
-    "tiny": Config(flow_blocks=4, informative_dim=24, linear_map="whiten", sampling=Sampling(guidance=2.0)),
+    "tiny": Config(flow_blocks=4, informative_dim=24, linear_map="whiten", look_above=True, sampling=Sampling(guidance=2.0)),
     "cifar10": Config(image_size=32, flow_blocks=8, flow_layers=4, flow_width=256, ar_layers=8, ar_width=256, informative_mixtures=16,
-                      class_tokens=8, linear_map="whiten", sampling=Sampling(guidance=1.0)),
+                      class_tokens=8, linear_map="whiten", look_above=True,
+                      sampling=Sampling(guidance=1.0)),
     "imagenet64": Config(image_size=64, num_classes=1000, flow_blocks=12, flow_layers=4, flow_width=512, ar_layers=12, ar_width=512,
-                         informative_mixtures=32, redundant_mixtures=16, class_tokens=16, linear_map="whiten", sampling=Sampling(guidance=1.0)),
+                         informative_mixtures=32, redundant_mixtures=16, class_tokens=16, linear_map="whiten", look_above=True,
+                         sampling=Sampling(guidance=1.0)),
     "farmer-1.1b-p16": Config(**_p16, **_1b, sampling=Sampling(**_table6, guidance=2.5)),
     "farmer-1.1b-p8": Config(**_p8, **_1b, sampling=Sampling(**{**_table6, "T_sigma": 1.0}, guidance=2.0)),
     "farmer-1.9b-p16": Config(**_p16, **_2b, sampling=Sampling(**_table6, guidance=3.5)),
@@ -281,6 +284,26 @@ class Transformer(nn.Module):
         return self.norm(h)
 
 
+class TokenEmbedding(nn.Module):
+    """Tokens (B, N, d) -> h (B, T, W). With look_above, token t also carries token t + 1 - w, the one above token t + 1 that it predicts.
+
+    A short cut of ours for small budgets: attention finds the neighbour above by itself, but only after many steps.
+    """
+
+    def __init__(self, config: Config, d: int, W: int):
+        super().__init__()
+        self.lag = math.isqrt(config.num_tokens) - 1 if config.look_above else None
+        self.linear = nn.Linear(d if self.lag is None else 2 * d, W)
+        nn.init.uniform_(self.linear.weight, -(d**-0.5), d**-0.5)
+
+    def forward(self, x: Tensor, i: int, j: int) -> Tensor:
+        """Embeds tokens i to j - 1 of x; only tokens before j are read."""
+        if self.lag is None:
+            return self.linear(x[:, i:j])
+        above = x[:, max(i - self.lag, 0):max(j - self.lag, 0)]
+        return self.linear(torch.cat([x[:, i:j], F.pad(above, (0, 0, j - i - above.shape[1], 0))], -1))  # nothing is above the first row
+
+
 class Positions(nn.Module):
     """Learned embedding of a token's row plus one of its column -> (N, W), in raster order or, flipped, in reverse."""
 
@@ -312,7 +335,7 @@ class FlowBlock(nn.Module):
         super().__init__()
         W = config.flow_width
         self.flip = flip
-        self.embed, self.pos = nn.Linear(config.token_dim, W), Positions(config.num_tokens, W)
+        self.embed, self.pos = TokenEmbedding(config, config.token_dim, W), Positions(config.num_tokens, W)
         self.transformer = Transformer(W, config.flow_layers, config.head_dim)
         self.to_mu_a = nn.Linear(W, 2 * config.token_dim)
         nn.init.zeros_(self.to_mu_a.weight)  # the flow starts as the identity
@@ -322,12 +345,12 @@ class FlowBlock(nn.Module):
         """Raster order to this block's order and back: (B, N, d)."""
         return x.flip(1) if self.flip else x
 
-    def mu_a(self, x: Tensor, pos: Tensor, cache: list[KVCache] | None = None, causal: bool = True) -> tuple[Tensor, Tensor]:
-        """mu and a of the token after each of x: x (B, T, d) in this block's order, pos (T, W) -> two of (B, T, d).
+    def mu_a(self, x: Tensor, i: int, j: int, pos: Tensor, cache: list[KVCache] | None = None, causal: bool = True) -> tuple[Tensor, Tensor]:
+        """mu and a of tokens i + 1 to j, read from tokens before j of x (B, N, d) in this block's order, pos (N, W) -> two of (B, j - i, d).
 
         Every direction goes through here: forward, inverse, Jacobi iteration and student.
         """
-        h = self.transformer(self.embed(x) + pos, cache, causal)
+        h = self.transformer(self.embed(x, i, j) + pos[i:j], cache, causal)
         with full_precision(h):
             mu, a = self.to_mu_a(h.to(x.dtype)).chunk(2, dim=-1)
             return mu, soft_bound(a, FLOW_LOG_SCALE_BOUND)
@@ -335,7 +358,7 @@ class FlowBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d) -> z (B, N, d), logdet (B,) in nats."""
         x = self.order(x)
-        mu, a = self.mu_a(x[:, :-1], self.pos(self.flip)[:-1])
+        mu, a = self.mu_a(x, 0, x.shape[1] - 1, self.pos(self.flip))
         z = torch.cat([x[:, :1], affine(x[:, 1:], mu, a)], 1)
         return self.order(z), a.sum((1, 2))
 
@@ -347,7 +370,7 @@ class FlowBlock(nn.Module):
         x = torch.empty_like(z)
         x[:, 0] = z[:, 0]
         for i in range(N - 1):
-            mu, a = self.mu_a(x[:, i:i + 1], pos[i:i + 1], cache)
+            mu, a = self.mu_a(x, i, i + 1, pos, cache)
             x[:, i + 1] = affine_inverse(z[:, i + 1], mu[:, 0], a[:, 0])
         return self.order(x)
 
@@ -357,14 +380,14 @@ class FlowBlock(nn.Module):
         The map is triangular: after k passes the first k + 1 tokens are exact, so N - 1 passes always suffice. An image stops, and leaves the
         batch, when no value moved by more than tol. Returns x (B, N, d) and the passes that each image took (B,).
         """
-        z, x, pos = self.order(z), self.order(x).clone(), self.pos(self.flip)[:-1]
+        z, x, pos = self.order(z), self.order(x).clone(), self.pos(self.flip)
         x = torch.where(x.isfinite(), x, z)
         x[:, 0] = z[:, 0]
         steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
         active = torch.arange(len(z), device=z.device)
         for _ in range(z.shape[1] - 1 if max_steps is None else max_steps):
             z_t, x_t = z[active, 1:], x[active]
-            new = affine_inverse(z_t, *self.mu_a(x_t[:, :-1], pos))
+            new = affine_inverse(z_t, *self.mu_a(x_t, 0, z.shape[1] - 1, pos))
             new = torch.where(new.isfinite(), new, z_t)  # a token far from its fixed point may overflow before the ones it reads have settled
             moved = (new - x_t[:, 1:]).abs().amax((1, 2)) > tol
             x[active, 1:] = new
@@ -377,7 +400,7 @@ class FlowBlock(nn.Module):
     def one_step(self, z: Tensor) -> Tensor:
         """The student's inverse (Algorithm 2): mu and a read from all of z (B, N, d) at once by bidirectional attention -> x (B, N, d)."""
         z = self.order(z)
-        mu, a = self.mu_a(z, self.pos(self.flip), causal=False)
+        mu, a = self.mu_a(z, 0, z.shape[1], self.pos(self.flip), causal=False)
         return self.order(torch.cat([z[:, :1], affine_inverse(z[:, 1:], mu[:, :-1], a[:, :-1])], 1))
 
 
@@ -511,7 +534,7 @@ class Prior(nn.Module):
         self.class_embed = nn.Embedding(config.num_classes + 1, W)  # the last row is the null class
         nn.init.normal_(self.class_embed.weight, std=0.5)
         self.class_pos = nn.Parameter(0.1 * torch.randn(self.M, W))
-        self.embed, self.pos = nn.Linear(self.d_I, W), Positions(config.num_tokens, W)
+        self.embed, self.pos = TokenEmbedding(config, self.d_I, W), Positions(config.num_tokens, W)
         self.transformer = Transformer(W, config.ar_layers, config.head_dim)
         self.informative = MixtureHead(W, config.informative_mixtures, self.d_I)
         self.redundant = MixtureHead(W, config.redundant_mixtures, self.d_R) if self.d_R else None
@@ -522,7 +545,7 @@ class Prior(nn.Module):
 
     def forward(self, Z_I: Tensor, labels: Tensor) -> tuple[GMM, GMM | None]:
         """Z_I (B, N, d_I), labels (B,) -> mixtures of the N informative tokens (B, N, K_I, ...) and the shared one (B, K_R, ...) or None."""
-        h = torch.cat([self.class_tokens(labels), self.embed(Z_I) + self.pos(flip=False)], 1)
+        h = torch.cat([self.class_tokens(labels), self.embed(Z_I, 0, Z_I.shape[1]) + self.pos(flip=False)], 1)
         h = self.transformer(h)[:, self.M - 1:]  # (B, N + 1, W)
         return self.informative(h[:, :-1]), self.redundant(h[:, -1]) if self.d_R else None
 
@@ -538,7 +561,7 @@ class Prior(nn.Module):
         for i in range(N):
             h = self.transformer(h, cache)[:, -1]
             Z_I[:, i] = draw(self.informative(h), options, noise.u[:, i], noise.eps[:, i], noise.pick[:, i])[:, 0]
-            h = repeat(self.embed(Z_I[:, i:i + 1]) + pos[i])
+            h = repeat(self.embed(Z_I, i, i + 1) + pos[i])
         if not self.d_R:
             return Z_I
         shared = self.redundant(self.transformer(h, cache)[:, -1])
