@@ -224,17 +224,46 @@ def full_precision(x: Tensor):
 
 # ---------------------------------------------------------------------------------------------------------------------- Transformer
 class KVCache:
-    """Keys and values of one layer, preallocated: k, v (B, heads, T, head_dim); `length` tokens are filled."""
+    """Keys and values of one layer, preallocated: k, v (B, heads, T, head_dim); `length` tokens are filled.
 
-    def __init__(self, B: int, heads: int, T: int, head_dim: int, like: Tensor):
-        self.k, self.v = (like.new_empty(B, heads, T, head_dim) for _ in range(2))
-        self.length = 0
+    On a GPU the cache is static: length is a tensor and attention masks the part not filled yet, so that every step of a sequence launches the
+    same kernels on the same memory and can be replayed as a CUDA graph. On a CPU slices save the arithmetic instead.
+    """
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, heads, t, head_dim) and returns all keys and values so far."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+    def __init__(self, B: int, heads: int, T: int, head_dim: int, like: Tensor, static: bool):
+        self.k, self.v = (like.new_zeros(B, heads, T, head_dim) for _ in range(2))
+        self.length = torch.zeros((), dtype=torch.long, device=like.device) if static else 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds (B, heads, t, head_dim) -> keys and values to attend to, and a mask (t, T) for a static cache."""
+        at = self.length + torch.arange(k.shape[2], device=k.device)
+        self.k.index_copy_(2, at, k.to(self.k.dtype))
+        self.v.index_copy_(2, at, v.to(self.v.dtype))
+        self.length += k.shape[2]
+        if isinstance(self.length, int):
+            return self.k[:, :, :self.length], self.v[:, :, :self.length], None
+        return self.k, self.v, torch.arange(self.k.shape[2], device=k.device) <= at.unsqueeze(1)
+
+
+def repeat(step, times: int, device: torch.device) -> None:
+    """Calls step() `times` times; on a GPU the first call warms up, the second is captured as a CUDA graph, and that is replayed.
+
+    step must work in place on tensors that outlive it, without looking at a value from Python.
+    """
+    if device.type != "cuda" or times < 4:
+        for _ in range(times):
+            step()
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(times - 1):
+        graph.replay()
 
 
 class Layer(nn.Module):
@@ -248,18 +277,14 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(W, 4 * W), nn.Linear(4 * W, W)
 
     def forward(self, h: Tensor, cache: KVCache | None = None, causal: bool = True) -> Tensor:
-        """h (B, T, W) -> (B, T, W). With a cache, h follows the tokens in it and T > 1 is allowed on an empty cache only."""
+        """h (B, T, W) -> (B, T, W). With a cache, h follows the tokens in it, and T > 1 is allowed on an empty cache only."""
         B, T, W = h.shape
         q, k, v = self.qkv(self.norm_attention(h)).view(B, T, 3, W // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
+        mask = None
         if cache is not None:
-            k, v = cache.append(k, v)
-        h = h + self.out(attention(q, k, v, causal and T > 1).transpose(1, 2).reshape(B, T, W))
+            k, v, mask = cache.append(k, v)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T > 1 and mask is None).transpose(1, 2).reshape(B, T, W))
         return h + self.down(F.gelu(self.up(self.norm_mlp(h))))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v: q, k, v (B, heads, T, head_dim); causal masks keys after the query's position."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Transformer(nn.Module):
@@ -275,8 +300,10 @@ class Transformer(nn.Module):
                 std = W**-0.5 * (0.5 if name.endswith(("qkv.weight", "up.weight")) else 0.5 / math.sqrt(2 * layers))
                 nn.init.normal_(p, std=std)
 
-    def new_cache(self, B: int, T: int, like: Tensor) -> list[KVCache]:
-        return [KVCache(B, self.W // self.head_dim, T, self.head_dim, like) for _ in self.layers]
+    def new_cache(self, B: int, T: int, like: Tensor, static: bool | None = None) -> list[KVCache]:
+        """Empty caches for B sequences of up to T tokens."""
+        static = like.is_cuda if static is None else static
+        return [KVCache(B, self.W // self.head_dim, T, self.head_dim, like, static) for _ in self.layers]
 
     def forward(self, h: Tensor, cache: list[KVCache] | None = None, causal: bool = True) -> Tensor:
         for i, layer in enumerate(self.layers):
@@ -296,12 +323,13 @@ class TokenEmbedding(nn.Module):
         self.linear = nn.Linear(d if self.lag is None else 2 * d, W)
         nn.init.uniform_(self.linear.weight, -(d**-0.5), d**-0.5)
 
-    def forward(self, x: Tensor, i: int, j: int) -> Tensor:
-        """Embeds tokens i to j - 1 of x; only tokens before j are read."""
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        """Embeds the tokens at positions `at` (T,) of x; only tokens up to them are read."""
+        token = x.index_select(1, at)
         if self.lag is None:
-            return self.linear(x[:, i:j])
-        above = x[:, max(i - self.lag, 0):max(j - self.lag, 0)]
-        return self.linear(torch.cat([x[:, i:j], F.pad(above, (0, 0, j - i - above.shape[1], 0))], -1))  # nothing is above the first row
+            return self.linear(token)
+        above = x.index_select(1, (at - self.lag).clamp(min=0)) * (at >= self.lag).unsqueeze(-1)  # nothing is above the first row
+        return self.linear(torch.cat([token, above], -1))
 
 
 class Positions(nn.Module):
@@ -345,12 +373,12 @@ class FlowBlock(nn.Module):
         """Raster order to this block's order and back: (B, N, d)."""
         return x.flip(1) if self.flip else x
 
-    def mu_a(self, x: Tensor, i: int, j: int, pos: Tensor, cache: list[KVCache] | None = None, causal: bool = True) -> tuple[Tensor, Tensor]:
-        """mu and a of tokens i + 1 to j, read from tokens before j of x (B, N, d) in this block's order, pos (N, W) -> two of (B, j - i, d).
+    def mu_a(self, x: Tensor, at: Tensor, pos: Tensor, cache: list[KVCache] | None = None, causal: bool = True) -> tuple[Tensor, Tensor]:
+        """mu and a of the tokens after positions `at` (T,) of x (B, N, d) in this block's order, pos (N, W) -> two of (B, T, d).
 
         Every direction goes through here: forward, inverse, Jacobi iteration and student.
         """
-        h = self.transformer(self.embed(x, i, j) + pos[i:j], cache, causal)
+        h = self.transformer(self.embed(x, at) + pos[at], cache, causal)
         with full_precision(h):
             mu, a = self.to_mu_a(h.to(x.dtype)).chunk(2, dim=-1)
             return mu, soft_bound(a, FLOW_LOG_SCALE_BOUND)
@@ -358,7 +386,7 @@ class FlowBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d) -> z (B, N, d), logdet (B,) in nats."""
         x = self.order(x)
-        mu, a = self.mu_a(x, 0, x.shape[1] - 1, self.pos(self.flip))
+        mu, a = self.mu_a(x, torch.arange(x.shape[1] - 1, device=x.device), self.pos(self.flip))
         z = torch.cat([x[:, :1], affine(x[:, 1:], mu, a)], 1)
         return self.order(z), a.sum((1, 2))
 
@@ -367,11 +395,14 @@ class FlowBlock(nn.Module):
         z, pos = self.order(z), self.pos(self.flip)
         B, N, _ = z.shape
         cache = self.transformer.new_cache(B, N, z)
-        x = torch.empty_like(z)
+        x, at = torch.zeros_like(z), torch.zeros(1, dtype=torch.long, device=z.device)
         x[:, 0] = z[:, 0]
-        for i in range(N - 1):
-            mu, a = self.mu_a(x, i, i + 1, pos, cache)
-            x[:, i + 1] = affine_inverse(z[:, i + 1], mu[:, 0], a[:, 0])
+
+        def step():
+            mu, a = self.mu_a(x, at, pos, cache)
+            x.index_copy_(1, at + 1, affine_inverse(z.index_select(1, at + 1), mu, a))
+            at.add_(1)
+        repeat(step, N - 1, z.device)
         return self.order(x)
 
     def inverse_jacobi(self, z: Tensor, x: Tensor, tol: float, max_steps: int | None = None) -> tuple[Tensor, Tensor]:
@@ -384,10 +415,10 @@ class FlowBlock(nn.Module):
         x = torch.where(x.isfinite(), x, z)
         x[:, 0] = z[:, 0]
         steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
-        active = torch.arange(len(z), device=z.device)
+        active, at = torch.arange(len(z), device=z.device), torch.arange(z.shape[1] - 1, device=z.device)
         for _ in range(z.shape[1] - 1 if max_steps is None else max_steps):
             z_t, x_t = z[active, 1:], x[active]
-            new = affine_inverse(z_t, *self.mu_a(x_t, 0, z.shape[1] - 1, pos))
+            new = affine_inverse(z_t, *self.mu_a(x_t, at, pos))
             new = torch.where(new.isfinite(), new, z_t)  # a token far from its fixed point may overflow before the ones it reads have settled
             moved = (new - x_t[:, 1:]).abs().amax((1, 2)) > tol
             x[active, 1:] = new
@@ -400,7 +431,7 @@ class FlowBlock(nn.Module):
     def one_step(self, z: Tensor) -> Tensor:
         """The student's inverse (Algorithm 2): mu and a read from all of z (B, N, d) at once by bidirectional attention -> x (B, N, d)."""
         z = self.order(z)
-        mu, a = self.mu_a(z, 0, z.shape[1], self.pos(self.flip), causal=False)
+        mu, a = self.mu_a(z, torch.arange(z.shape[1], device=z.device), self.pos(self.flip), causal=False)
         return self.order(torch.cat([z[:, :1], affine_inverse(z[:, 1:], mu[:, :-1], a[:, :-1])], 1))
 
 
@@ -545,7 +576,8 @@ class Prior(nn.Module):
 
     def forward(self, Z_I: Tensor, labels: Tensor) -> tuple[GMM, GMM | None]:
         """Z_I (B, N, d_I), labels (B,) -> mixtures of the N informative tokens (B, N, K_I, ...) and the shared one (B, K_R, ...) or None."""
-        h = torch.cat([self.class_tokens(labels), self.embed(Z_I, 0, Z_I.shape[1]) + self.pos(flip=False)], 1)
+        at = torch.arange(Z_I.shape[1], device=Z_I.device)
+        h = torch.cat([self.class_tokens(labels), self.embed(Z_I, at) + self.pos(flip=False)], 1)
         h = self.transformer(h)[:, self.M - 1:]  # (B, N + 1, W)
         return self.informative(h[:, :-1]), self.redundant(h[:, -1]) if self.d_R else None
 
@@ -553,18 +585,21 @@ class Prior(nn.Module):
     def sample(self, labels: Tensor, null: int, options: Sampling, noise: "Noise") -> Tensor:
         """labels (B,) -> Z (B, N, d). With guidance both passes, c and null, run as one doubled batch."""
         B, N, guided = len(labels), noise.eps.shape[1], options.guidance > 0
-        repeat = (lambda h: torch.cat([h, h])) if guided else (lambda h: h)
-        pos = self.pos(flip=False)
+        pos, at = self.pos(flip=False), torch.zeros(1, dtype=torch.long, device=labels.device)
         h = self.class_tokens(torch.cat([labels, torch.full_like(labels, null)]) if guided else labels)
         cache = self.transformer.new_cache(len(h), self.M + N, h)
-        Z_I = h.new_empty(B, N, self.d_I)
-        for i in range(N):
-            h = self.transformer(h, cache)[:, -1]
-            Z_I[:, i] = draw(self.informative(h), options, noise.u[:, i], noise.eps[:, i], noise.pick[:, i])[:, 0]
-            h = repeat(self.embed(Z_I, i, i + 1) + pos[i])
+        Z_I, last = h.new_zeros(B, N, self.d_I), self.transformer(h, cache)[:, -1].contiguous()
+
+        def step():
+            u, eps, pick = (t.index_select(1, at).squeeze(1) for t in (noise.u, noise.eps, noise.pick))
+            Z_I.index_copy_(1, at, draw(self.informative(last), options, u, eps, pick))
+            h = self.embed(Z_I, at) + pos[at]
+            last.copy_(self.transformer(torch.cat([h, h]) if guided else h, cache)[:, -1])
+            at.add_(1)
+        repeat(step, N, labels.device)
         if not self.d_R:
             return Z_I
-        shared = self.redundant(self.transformer(h, cache)[:, -1])
+        shared = self.redundant(last)
         return torch.cat([Z_I, draw(shared, options, noise.u_R, noise.eps_R, noise.pick_R, options.redundant_scale)], -1)
 
 

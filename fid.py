@@ -3,6 +3,7 @@
     python fid.py SAMPLES REFERENCE                                  images or saved statistics against each other
     python fid.py runs/tiny REFERENCE --num 50000 --guidance 1.5     samples straight from a model, keeping no files
     python fid.py REFERENCE --save-stats reference.npz               statistics to compare with later
+    torchrun --nproc_per_node=8 fid.py ...                           the same numbers, the work shared
 
 SAMPLES and REFERENCE are folders of any depth, .zip files, .npz files of images (`images`, or ADM's `arr_0`), or
 .npz files of statistics (`mu`, `sigma`: pytorch-fid's and ADM's). An .npz that holds both, like ADM's reference
@@ -32,11 +33,12 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from farmer import UserError, checkpoint_path, load
-from sample import Parser, Progress, default_labels, pick_device, sample_images, write_file
+from sample import Parser, Progress, default_labels, init_distributed, pick_device, sample_images, write_file
 from support.images import open_images
 
 # Legend: N, M images; D features; C classes; mu (D,) and sigma (D, D) mean and covariance of the features.
@@ -354,11 +356,11 @@ def read_statistics(path: str) -> tuple[Side | None, bool]:
     return Side(path, name, mu, sigma, num), has_images
 
 
-def decoded_batches(images, source: str, batch_size: int, workers: int):
-    """Batches (b, 3, H, W) uint8 of a set of images, in order. UserError names a broken image, and one whose size is not the first one's."""
-    loader = iter(torch.utils.data.DataLoader(images, batch_size, num_workers=workers, collate_fn=list))
+def decoded_batches(images, part: range, source: str, batch_size: int, workers: int):
+    """Batches (b, 3, H, W) uint8 of images `part`, in order. UserError names a broken image, and one whose size is not the first one's."""
+    loader = iter(torch.utils.data.DataLoader(torch.utils.data.Subset(images, part), batch_size, num_workers=workers, collate_fn=list))
     first = None
-    for start in range(0, len(images), batch_size):
+    for start in range(part.start, part.stop, batch_size):
         try:
             batch = next(loader)  # of (H, W, 3)
         except UserError as error:  # a worker's arrives with its traceback before the message
@@ -366,17 +368,37 @@ def decoded_batches(images, source: str, batch_size: int, workers: int):
         except RuntimeError as error:
             raise UserError(f"{source}: a decoding process died ({first_line(error)}): try --workers 0") from None
         first = batch[0] if first is None else first
-        for name, image in zip(images.names[start:start + batch_size], batch, strict=True):
+        for name, image in zip(images.names[start:min(start + batch_size, part.stop)], batch, strict=True):
             if image.shape != first.shape:
-                sizes = [f"{n} is {w}x{h}" for n, (h, w, _) in ((images.names[0], first.shape), (name, image.shape))]
+                sizes = [f"{n} is {w}x{h}" for n, (h, w, _) in ((images.names[part.start], first.shape), (name, image.shape))]
                 raise UserError(f"{source}: mixed sizes: {', '.join(sizes)}: give all images one size")
         yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
 
 
-def sampled_batches(model, num: int, guidance: float, seed: int, batch_size: int):
-    """Batches (b, 3, H, W) uint8 of `num` samples, all classes in turn: those that sample.py gives for the same seed."""
-    for images in sample_images(model, default_labels(num, model.config), seed=seed, batch_size=batch_size, guidance=guidance):
+def sampled_batches(model, part: range, guidance: float, seed: int, batch_size: int):
+    """Batches (b, 3, H, W) uint8 of samples `part`, all classes in turn: those that sample.py gives for the same seed."""
+    labels = default_labels(part.stop, model.config)[part.start:]
+    for images in sample_images(model, labels, seed=seed, batch_size=batch_size, guidance=guidance, start=part.start):
         yield torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey models give one channel
+
+
+def share(num: int) -> range:
+    """The images of this process: all of them, or under torchrun its part of 0 to num - 1."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * num // world, (rank + 1) * num // world)
+
+
+def gathered(rows, num: int, device: torch.device):
+    """Pieces (b, D) of all processes' rows, in the order of the images, on process 0; there as they come when it is the only one."""
+    if not dist.is_initialized():
+        yield from rows
+        return
+    mine = torch.cat(list(rows)).to(device)
+    longest = -(-num // dist.get_world_size())
+    everyone = [mine.new_empty(longest, mine.shape[1]) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, F.pad(mine, (0, 0, 0, longest - len(mine))))
+    for rank, part in enumerate(everyone):
+        yield part[:(rank + 1) * num // len(everyone) - rank * num // len(everyone)].cpu()
 
 
 @torch.inference_mode()
@@ -384,10 +406,16 @@ def extract(batches, num: int, features, source: str, device: torch.device) -> S
     """Batches (b, 3, H, W) uint8 of `num` images -> their Side. Kept features stand in torch-fidelity's order for the Inception Score."""
     place = torch.from_numpy(np.argsort(np.random.RandomState(2020).permutation(num)))  # image i -> its place
     moments, done, progress = None, 0, Progress(f"{source}: image", num)
-    for batch in batches:
-        h = features(batch.to(device)).cpu()  # (b, D)
+    size = None
+
+    def rows():
+        nonlocal size
+        for batch in batches:
+            size = f"{batch.shape[3]}x{batch.shape[2]}"
+            yield features(batch.to(device)).cpu()  # (b, D)
+    for h in gathered(rows(), num, device):
         if moments is None:
-            moments, pool, size = Moments(h.shape[1]), torch.empty(min(num, KEPT), h.shape[1]), f"{batch.shape[3]}x{batch.shape[2]}"
+            moments, pool = Moments(h.shape[1]), torch.empty(min(num, KEPT), h.shape[1])
         finite = h.isfinite().all(1)
         if not finite.all():
             raise UserError(f"{source}: {features.name} gives features that are not finite for image {done + int(finite.int().argmin())}")
@@ -448,6 +476,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict:
     """The report. Everything is opened and checked before the first image, for 50,000 of them take long."""
     device = pick_device(args.device)
+    rank, _ = init_distributed(device)
     torch.backends.cudnn.allow_tf32 = False  # features in float32
     model = load(checkpoint_path(args.samples), device)[0] if args.num else None
     inputs = [] if model else [(args.samples, *read_statistics(args.samples))]
@@ -468,15 +497,17 @@ def run(args: argparse.Namespace) -> dict:
         features = CustomFeatures(args.features, device) if args.features else load_inception(args.weights).to(device)
     if model:
         guidance = model.config.sampling.guidance if args.guidance is None else args.guidance
-        batches = sampled_batches(model, args.num, guidance, args.seed, args.batch_size)
+        batches = sampled_batches(model, share(args.num), guidance, args.seed, args.batch_size)
         sides.append(extract(batches, args.num, features, args.samples, device))
     for path, stats, images in inputs:
         side = stats
         if images:
-            side = extract(decoded_batches(images, path, args.batch_size, args.workers), len(images), features, path, device)
+            side = extract(decoded_batches(images, share(len(images)), path, args.batch_size, args.workers), len(images), features, path, device)
             if stats and stats.features == features.name:  # as ADM's evaluator: the file's own statistics come first
                 side.mu, side.sigma, side.num = stats.mu, stats.sigma, stats.num
         sides.append(side)
+    if rank:
+        sys.exit(0)  # process 0 has all features and writes the report
     report = score(*sides, features=features, device=device) | ({"guidance": guidance, "seed": args.seed} if model else {})
     if args.save_stats:
         save_statistics(Path(args.save_stats), sides[0])

@@ -152,7 +152,7 @@ def evaluate(model: Farmer, dataset: ImageDataset, indices: np.ndarray, train: T
 
 # ---------------------------------------------------------------------------------------------------------------------- one run
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices only: not on biases, norms and embeddings' positions."""
+    """Weight decay on matrices only (tables of embeddings among them), not on biases and norms."""
     params = [p for p in module.parameters() if p.requires_grad]
     return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
 
@@ -208,7 +208,13 @@ def training_data(train: Train, c: Config, cache: str | None = None, workers: in
             top = images.labels.max()
             raise UserError(f"{train.data} has labels up to {top}, but num_classes is {c.num_classes}; pass --num-classes {top + 1}")
     if cache:
-        images = cache_images(images, c.image_size, c.channels, cache, workers)
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        for build in (True, False) if dist.is_initialized() else (True,):  # process 0 builds while the others wait
+            if build == first:
+                cached = cache_images(images, c.image_size, c.channels, cache, workers)
+            if dist.is_initialized():
+                dist.barrier()
+        images = cached
     elif images.array is None:
         check_images(images, c.image_size)
     data = ImageDataset(images, c.image_size, c.channels)
