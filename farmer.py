@@ -79,8 +79,10 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, low = getattr(self, f.name), 0 if f.name in ("num_classes", "flow_blocks") else 1
-            if f.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if f.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise UserError(f"{f.name}: got {value!r}, expected an integer >= {low}")
+            if f.type is bool and not isinstance(value, bool):
+                raise UserError(f"{f.name}: got {value!r}, expected True or False")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size: got {self.image_size}, expected a multiple of patch_size {self.patch_size}")
         if self.channels not in (1, 3):

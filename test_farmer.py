@@ -342,6 +342,24 @@ def test_config_names_the_field_that_is_wrong(field, value):
         Config(**{field: value})
 
 
+def test_random_configs_are_refused_in_one_line_or_build():
+    rng = np.random.default_rng(0)
+    pool = [-1, 0, 1, 2, 3, 4, 8, 16, 32, 1.5, "a", None, True, math.nan, "whiten"]
+    built = 0
+    for _ in range(400):
+        fields = rng.choice([f.name for f in dataclasses.fields(Config) if f.name != "sampling"], 2, replace=False)
+        try:
+            config = dataclasses.replace(SMALL, **{str(f): pool[rng.integers(len(pool))] for f in fields})
+        except UserError as e:
+            assert "\n" not in str(e) and any(f in str(e) for f in dataclasses.asdict(SMALL)), e
+            continue
+        if config.num_tokens <= 64 and config.channels * config.patch_size**2 <= 256:
+            built += 1
+            images = Farmer(config).sample(torch.zeros(1, dtype=torch.long))
+            assert images.shape == (1, config.channels, config.image_size, config.image_size) and images.isfinite().all()
+    assert built > 50
+
+
 def test_sampling_refuses_what_is_not_a_number():
     for values in (dict(guidance=-1.0), dict(guidance=math.nan), dict(T_s=math.inf), dict(s_c=0), dict(T_sigma_v=0.0)):
         with pytest.raises(UserError, match=next(iter(values))):

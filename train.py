@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
+import os
 import signal
 import statistics
 import sys
@@ -115,7 +115,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     """CUDA GPUs from Ampere on, and CPUs with AMX; elsewhere bf16 is emulated, up to 100 times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.cpu._is_amx_tile_supported()
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- evaluation
@@ -395,7 +395,8 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
                            fingerprint=fingerprint, **({"raw_weights": raw} if average else {}))
             write_checkpoint(out / "ckpt.pt", config, weights, content)
             if args.keep:
-                shutil.copy(out / "ckpt.pt", out / f"ckpt-{step}.pt")
+                (out / f"ckpt-{step}.pt").unlink(missing_ok=True)
+                os.link(out / "ckpt.pt", out / f"ckpt-{step}.pt")  # the next save replaces ckpt.pt, not this one
                 for old in sorted(out.glob("ckpt-*.pt"), key=lambda p: int(p.stem[5:]))[:-args.keep]:
                     old.unlink()
 
