@@ -304,7 +304,8 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
             raise UserError(f"--distill: got {', '.join(given(args, Config))}, but a student has its teacher's config; leave the model flags out")
         if model.student:
             raise UserError(f"--distill: {args.distill} has a student already; pass the run that it was distilled from")
-        defaults = dataclasses.replace(Train(**teacher["train"]), steps=max(1, teacher["train"]["steps"] // 5))  # the paper's 60 of 280 epochs
+        base = Train(**teacher["train"])  # a fifth of its steps (the paper: 60 epochs after 280), with the noise that it ended with
+        defaults = dataclasses.replace(base, steps=max(1, base.steps // 5), noise_start=base.noise_end)
         return teacher["preset"], model.config, dataclasses.replace(defaults, **given(args, Train)), model, None
     preset = args.preset or "tiny"
     return preset, dataclasses.replace(PRESETS[preset], **given(args, Config)), dataclasses.replace(RUNS[preset], **given(args, Train)), None, None
