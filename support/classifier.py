@@ -2,6 +2,7 @@
 
     python support/classifier.py fit digits digits.pt             # or a folder, .zip, .npz with labels; also the features for fid.py --features
     python support/classifier.py read digits.pt samples.npz       # how many samples are read as their label
+    python support/classifier.py heldout digits heldout.npz       # the held-out images as a reference for fid.py --features digits.pt
     python support/classifier.py swap digits.pt runs/tiny         # permute Z_R, or Z_I, over the tokens, invert, and read again
 """
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from farmer import Config, UserError, load, patchify, quantize, unpatchify  # noqa: E402
-from sample import Parser, run  # noqa: E402
+from sample import Parser, run, write_file  # noqa: E402
 from train import Train, dequantized, sigma_at, training_data  # noqa: E402
 
 
@@ -40,13 +41,16 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def held_out_data(data: str, holdout: int, size: int):
+    """(dataset, indices, dataset, indices) of training and held-out images of `data` ("digits": the built-in ones)."""
+    config = Config(image_size=size, num_classes=10 if data == "digits" else 10**6)
+    return training_data(Train(data=data, holdout=0 if data == "digits" else holdout), config)
+
+
 def fit(data: str, out: str, holdout: int, epochs: int, size: int, seed: int) -> None:
-    """Trains on `data` ("digits": the built-in ones) and writes a TorchScript file; prints the accuracy on images that it has not seen."""
+    """Trains on `data` and writes a TorchScript file; prints the accuracy on images that it has not seen."""
     torch.manual_seed(seed)
-    settings = Train(data=data, holdout=holdout if data != "digits" else 0)
-    classes = 10 if data == "digits" else 10**6
-    config = Config(image_size=size, num_classes=classes)
-    dataset, indices, val, val_indices = training_data(settings, config)
+    dataset, indices, val, val_indices = held_out_data(data, holdout, size)
     images, labels = dataset.batch(indices)
     model = Classifier(images.shape[1], int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -96,15 +100,19 @@ def swap(classifier: nn.Module, run_dir: str, num: int, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="classifier.py", description=__doc__)
-    parser.add_argument("action", choices=("fit", "read", "swap"))
-    parser.add_argument("first", help="fit: data; read, swap: a fitted classifier")
-    parser.add_argument("second", help="fit: the file to write; read: samples (.npz with labels); swap: a run")
+    parser.add_argument("action", choices=("fit", "heldout", "read", "swap"))
+    parser.add_argument("first", help="fit, heldout: data; read, swap: a fitted classifier")
+    parser.add_argument("second", help="fit, heldout: the file to write; read: samples (.npz with labels); swap: a run")
     parser.add_argument("--holdout", type=int, default=500, help="fit: images per class kept out of training")
     parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--num", type=int, default=200, help="swap: images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.action == "heldout":
+        _, _, dataset, indices = held_out_data(args.first, args.holdout, args.image_size)
+        images, labels = dataset.batch(indices)
+        return write_file(Path(args.second), lambda f: np.savez(f, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy()))
     if args.action == "fit":
         return fit(args.first, args.second, args.holdout, args.epochs, args.image_size, args.seed)
     try:
