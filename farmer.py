@@ -792,11 +792,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Farmer, 
         raise UserError(f"{file}: not a readable checkpoint ({type(e).__name__}): truncated, not written by train.py, or a pickle with code in it") from e
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{file}: not a FARMER checkpoint; expected a file written by train.py")
-    if content["version"] != CHECKPOINT_VERSION:
-        raise UserError(f"{file}: checkpoint version {content['version']}, expected {CHECKPOINT_VERSION}; use the code that wrote it")
+    if content.get("version") != CHECKPOINT_VERSION:
+        raise UserError(f"{file}: checkpoint version {content.get('version')}, expected {CHECKPOINT_VERSION}; use the code that wrote it")
     try:
-        model = from_weights(Config.from_dict(content["config"]), content["weights"])
+        model, extra = from_weights(Config.from_dict(content["config"]), content["weights"]), content["extra"]
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{file}: its weights do not fit its config ({reason}); a student needs a teacher of the same config") from e
-    return model, content["extra"]
+    return model, extra

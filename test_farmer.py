@@ -521,7 +521,7 @@ def test_jacobi_survives_non_finite_values_and_stops_per_image():
 
 
 # ---------------------------------------------------------------------------------------------------------------------- bad input
-def test_checkpoints_that_are_not(tmp_path, digits_run):
+def test_checkpoints_that_are_not(tmp_path, digits_run, capsys):
     good = (digits_run / "ckpt.pt").read_bytes()
     bad = tmp_path / "bad.pt"
 
@@ -537,6 +537,8 @@ def test_checkpoints_that_are_not(tmp_path, digits_run):
         with pytest.raises(UserError, match="bad.pt"):
             farmer.load(bad)
     assert not (tmp_path / "executed").exists()
+    farmer.save(bad, randomised(dtype=torch.float32), note="no run")
+    fails(capsys, train, ["--eval", str(bad)], "no training run")
     with pytest.raises(UserError, match="no such checkpoint"):
         farmer.load(tmp_path)
 

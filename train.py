@@ -285,11 +285,22 @@ def main(argv: list[str] | None = None) -> None:
     train_main(args, out, preset, config, train, model, extra, device, rank, world)
 
 
+def load_run(path, device: torch.device) -> tuple[Farmer, dict, Train]:
+    """`load` for a checkpoint of train.py: it also holds the settings and the state of the run."""
+    model, extra = load(path, device)
+    if not {"preset", "train", "step", "optimizer", "distill", "fingerprint"} <= extra.keys():
+        raise UserError(f"{path}: holds a model but no training run; expected a checkpoint that train.py wrote")
+    try:
+        return model, extra, Train(**extra["train"])
+    except TypeError as e:
+        raise UserError(f"{path}: its training settings are of another version ({e}); use the code that wrote it") from e
+
+
 def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, Farmer | None, dict | None]:
     """The run's settings: preset and flags, or those of the checkpoint that --resume or --distill goes on from."""
     if args.resume and (out / "ckpt.pt").is_file():
-        model, extra = load(out, device)
-        preset, config, train = extra["preset"], model.config, Train(**extra["train"])
+        model, extra, train = load_run(out, device)
+        preset, config = extra["preset"], model.config
         asked = {**given(args, Config), **given(args, Train), "preset": args.preset or preset, "distill": bool(args.distill or extra["distill"])}
         have = {**config.to_dict(), **dataclasses.asdict(train), "preset": preset, "distill": extra["distill"]}
         for name, value in asked.items():
@@ -299,12 +310,12 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
     if not args.dry_run and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")) and not args.resume:
         raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
     if args.distill:
-        model, teacher = load(args.distill, device)
+        model, teacher, base = load_run(args.distill, device)
         if given(args, Config):
             raise UserError(f"--distill: got {', '.join(given(args, Config))}, but a student has its teacher's config; leave the model flags out")
         if model.student:
             raise UserError(f"--distill: {args.distill} has a student already; pass the run that it was distilled from")
-        base = Train(**teacher["train"])  # a fifth of its steps (the paper: 60 epochs after 280), with the noise that it ended with
+        # a fifth of the teacher's steps (the paper: 60 epochs after 280), with the noise that it ended with
         defaults = dataclasses.replace(base, steps=max(1, base.steps // 5), noise_start=base.noise_end)
         return teacher["preset"], model.config, dataclasses.replace(defaults, **given(args, Train)), model, None
     preset = args.preset or "tiny"
@@ -313,8 +324,7 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
 
 def eval_main(args, device: torch.device, rank: int, world: int) -> None:
     """--eval: of the training data the held-out part (or the digits' validation set), of other data all of it."""
-    model, extra = load(args.eval, device)
-    base = Train(**extra["train"])
+    model, _, base = load_run(args.eval, device)
     train = dataclasses.replace(base, **{**({"holdout": 0} if (args.data or base.data) != base.data else {}), **given(args, Train)})
     data, everything, val, held_out = training_data(train, model.config, args.cache, args.workers)
     result = evaluate(model, val, held_out if len(held_out) else everything, train, rank, world, quiet=rank > 0)

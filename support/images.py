@@ -24,6 +24,7 @@ from farmer import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, at every such file; what stops an image from being read raises
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # two decoders beside one core are as good as one
 INDEX_FROM = 10_000  # files; a smaller folder is listed faster than its index is worth
 
 
