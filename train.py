@@ -361,9 +361,10 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
     if model is None:
         torch.manual_seed(train.seed)
         model = Farmer(config).to(device)
-        n = np.linspace(0, len(indices) - 1, min(len(indices), 4000)).astype(np.int64)
-        x = dequantized(data.batch(indices, n)[0], torch.from_numpy(n), train.seed, sigma_at(train, 0))  # with the starting noise
-        model.flow.fit_linear_map(patchify(x, config.patch_size).to(device))
+        if config.linear_map != "none":
+            n = np.linspace(0, len(indices) - 1, min(len(indices), 4000)).astype(np.int64)
+            x = dequantized(data.batch(indices, n)[0], torch.from_numpy(n), train.seed, sigma_at(train, 0))  # with the starting noise
+            model.flow.fit_linear_map(patchify(x, config.patch_size).to(device))
     if distill:
         model.requires_grad_(False)
         net = (model.student or model.new_student()).requires_grad_(True)
