@@ -411,17 +411,17 @@ class FlowBlock(nn.Module):
         """The fixed point of x = z exp(-a(x)) + mu(x) by parallel passes over all tokens, from the guess x (B, N, d).
 
         The map is triangular: after k passes the first k + 1 tokens are exact, so N - 1 passes always suffice. An image stops, and leaves the
-        batch, when no value moved by more than tol. Returns x (B, N, d) and the passes that each image took (B,).
+        batch, when no value moved by more than tol. Values beyond 1e6 are cut off. Returns x (B, N, d) and the passes that each image took (B,).
         """
         z, x, pos = self.order(z), self.order(x).clone(), self.pos(self.flip)
-        x = torch.where(x.isfinite(), x, z)
+        x = x.nan_to_num(0.0).clamp(-1e6, 1e6)
         x[:, 0] = z[:, 0]
         steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
         active, at = torch.arange(len(z), device=z.device), torch.arange(z.shape[1] - 1, device=z.device)
         for _ in range(z.shape[1] - 1 if max_steps is None else max_steps):
             z_t, x_t = z[active, 1:], x[active]
-            new = affine_inverse(z_t, *self.mu_a(x_t, at, pos))
-            new = torch.where(new.isfinite(), new, z_t)  # a token far from its fixed point may overflow before the ones it reads have settled
+            # before the tokens that it reads have settled, one may overflow, and its NaN would reach all others through masked attention (0 NaN)
+            new = affine_inverse(z_t, *self.mu_a(x_t, at, pos)).nan_to_num(0.0).clamp(-1e6, 1e6)
             moved = (new - x_t[:, 1:]).abs().amax((1, 2)) > tol
             x[active, 1:] = new
             steps[active] += 1
