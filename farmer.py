@@ -94,6 +94,8 @@ class Config:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected a multiple of head_dim {self.head_dim}")
         if self.linear_map not in ("none", "rotate", "whiten"):
             raise UserError(f"linear_map: got {self.linear_map!r}, expected none, rotate or whiten")
+        if self.num_classes == 0 and self.sampling.guidance:  # there is nothing to guide towards
+            object.__setattr__(self, "sampling", dataclasses.replace(self.sampling, guidance=0.0))
 
     @property
     def num_tokens(self) -> int:
@@ -126,7 +128,7 @@ PRESETS = {
                       class_tokens=8, linear_map="whiten", look_above=True,
                       sampling=Sampling(guidance=1.0)),
     "imagenet64": Config(image_size=64, num_classes=1000, flow_blocks=12, flow_layers=4, flow_width=512, ar_layers=12, ar_width=512,
-                         informative_mixtures=32, redundant_mixtures=16, class_tokens=16, linear_map="whiten", look_above=True,
+                         informative_dim=24, informative_mixtures=32, redundant_mixtures=1, class_tokens=16, linear_map="whiten", look_above=True,
                          sampling=Sampling(guidance=1.0)),
     "farmer-1.1b-p16": Config(**_p16, **_1b, sampling=Sampling(**_table6, guidance=2.5)),
     "farmer-1.1b-p8": Config(**_p8, **_1b, sampling=Sampling(**{**_table6, "T_sigma": 1.0}, guidance=2.0)),
@@ -173,7 +175,7 @@ class GMM(NamedTuple):
     log_sigma: Tensor
 
     def tempered(self, T_pi: float, T_sigma: float) -> "GMM":
-        """Logits times T_pi, stds times T_sigma (Table 6). A std of exactly 0 is kept finite by the smallest normal float."""
+        """Logits times T_pi, stds times T_sigma (Table 6). T_sigma = 0 leaves the means: its log is kept finite."""
         return GMM(self.logits * T_pi, self.mu, self.log_sigma + math.log(max(T_sigma, 1e-38)))
 
     def halves(self) -> tuple["GMM", "GMM"]:
@@ -437,14 +439,20 @@ class FlowBlock(nn.Module):
         return self.order(torch.cat([z[:, :1], affine_inverse(z[:, 1:], mu[:, :-1], a[:, :-1])], 1))
 
 
+def flow_blocks(config: Config) -> nn.ModuleList:
+    """f_1 ... f_n in alternating order; the last reads in raster order, so that the final flip turns the AR against it."""
+    n = config.flow_blocks
+    return nn.ModuleList(FlowBlock(config, flip=(n - 1 - t) % 2 == 1) for t in range(n))
+
+
 class Flow(nn.Module):
     """F = f_n o ... o f_1 (Eq. 8-10), an optional fixed linear map of the channels before it and the final flip after it."""
 
     def __init__(self, config: Config):
         super().__init__()
-        n, d = config.flow_blocks, config.token_dim
+        d = config.token_dim
         self.final_flip = config.final_flip
-        self.blocks = nn.ModuleList(FlowBlock(config, flip=(n - 1 - t) % 2 == 1) for t in range(n))  # the last block reads in raster order
+        self.blocks = flow_blocks(config)
         self.linear_map = config.linear_map
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("map", torch.eye(d))  # X -> (X - mean) map
@@ -520,7 +528,7 @@ class Student(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.blocks = Flow(config).blocks
+        self.blocks = flow_blocks(config)
 
     def forward(self, states: list[Tensor], noise: Tensor) -> Tensor:
         """Algorithm 2: states Z_0 ... Z_n of the frozen teacher (`Flow.states`), noise (B, N, d) = s eps with s ~ U[0, 0.3] -> scalar loss.
@@ -640,7 +648,7 @@ def draw(gmm: GMM, options: Sampling, u: Tensor, eps: Tensor, pick: Tensor, scal
 
 
 def resample_cfg(p_c: GMM, p_u: GMM, options: Sampling, u: Tensor, eps: Tensor, pick: Tensor, scale: float = 1.0) -> Tensor:
-    """Draws from p'(z) ~ p_c(z)^{1+w} p_u(z)^{-w} (Eq. 15, Algorithm 1) by sampling importance resampling.
+    """Draws, the better the more candidates, from p'(z) ~ p_c(z)^{1+w} p_u(z)^{-w} (Eq. 15, Algorithm 1) by importance resampling.
 
     The first s_c : s_u share of the S candidates is proposed from p_c and weighed with (p_c/p_u)^w, the rest from p_u with (p_c/p_u)^{w+1}.
     p_c, p_u: logits (B, K), mu and log_sigma (B, K, d); u (B, S), eps (B, S, d) make the candidates, pick (B, n) chooses -> (B, n, d).
@@ -764,9 +772,11 @@ def write_checkpoint(path: str | Path, config: Config, weights: dict[str, Tensor
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        why = e.strerror if isinstance(e, OSError) else "writing failed, is the disk full?"
+        raise UserError(f"{path}: checkpoint not saved ({why}); an older one is untouched; free some space or pass another --out") from e
+    finally:
         if temporary and os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"{path}: checkpoint not saved ({str(e).splitlines()[0]}); an older one is untouched; free some space or pass another --out") from e
 
 
 def from_weights(config: Config, weights: dict[str, Tensor]) -> Farmer:

@@ -129,15 +129,17 @@ def write_file(path: Path, write) -> None:
     try:
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from e
+        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another place") from e
     try:
         with os.fdopen(handle, "wb") as f:
             write(f)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as e:
-        os.remove(temporary)
-        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from e
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free some space or choose another place") from e
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- sampling
@@ -238,8 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_fields(parser.add_argument_group("sampling (Table 6; default: as in the checkpoint)"), Sampling)
     args = parser.parse_args(argv)
-    if args.num is not None and args.num < 1 or args.batch_size < 1 or args.seed < 0:
-        raise UserError(f"--num, --batch-size, --seed: got {args.num}, {args.batch_size}, {args.seed}; expected at least 1, 1 and 0")
+    if args.num is not None and args.num < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
+        raise UserError(f"--num, --batch-size, --seed: got {args.num}, {args.batch_size}, {args.seed}; expected at least 1, 1 and 0 (below 2^63)")
     if not args.tol >= 0 or (args.max_passes is not None and args.max_passes < 0):
         raise UserError(f"--tol, --max-passes: got {args.tol}, {args.max_passes}; expected numbers >= 0")
     out = Path(args.out)
@@ -253,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     options = dataclasses.replace(model.config.sampling, **given(args, Sampling))
     if args.benchmark:
         return benchmark(model, options, args.seed)
-    classes = parse_labels(args.labels, model.config) if args.labels else list(range(max(model.config.num_classes, 1)))
+    classes = parse_labels(args.labels, model.config) if args.labels is not None else list(range(max(model.config.num_classes, 1)))
     picture = out.suffix == ".png"
     if picture and len(classes) > 20:
         classes = [classes[i * len(classes) // 10] for i in range(10)]

@@ -438,6 +438,35 @@ def test_uniform_run_reports_bits_and_a_non_finite_loss_keeps_the_checkpoint(tmp
     assert all(w.isfinite().all() for w in weights(tmp_path / "b").values())
 
 
+def test_data_that_fails_in_the_middle_of_a_run_costs_no_step(tmp_path, tiny_data, capsys, monkeypatch):
+    def failing(*args, **kwargs):
+        yield from itertools.islice(batches(*args, **kwargs), 7)
+        raise UserError("the disk with the images went away")
+    monkeypatch.setattr(train, "batches", failing)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "ckpt.pt123.tmp").write_bytes(b"of a killed save")
+    with pytest.raises(UserError, match="went away.*holds step 7"):
+        train.main(["--out", str(tmp_path / "a"), "--steps", "20", *SMALL_FLAGS, "--data", str(tiny_data)])
+    assert farmer.load(tmp_path / "a")[1]["step"] == 7 and not list((tmp_path / "a").glob("*.tmp"))
+
+
+def test_unconditional_run_from_a_flat_folder(tmp_path, capsys):
+    data = digits(20, 16, 3, seed=5)
+    (tmp_path / "flat").mkdir()
+    for i, pixels_of in enumerate(data.array):
+        Image.fromarray(pixels_of).save(tmp_path / "flat" / f"{i}.png")
+    run = str(tmp_path / "run")
+    train.main(["--out", run, "--steps", "6", *SMALL_FLAGS, "--data", str(tmp_path / "flat"), "--num-classes", "0", "--holdout", "5", "--clip", "0"])
+    assert Image.open(tmp_path / "run" / "samples.png").size[0] > 100
+    capsys.readouterr()
+    train.main(["--eval", run, "--data", str(tmp_path / "run" / ".." / "flat")])  # the same folder by another name: still the held-out part
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 5 and abs(result["nats_per_dim"] - (result["informative"] + result["redundant"] - result["logdet"])) < 1e-6
+    sample.main([run, "--num", "3", "--out", str(tmp_path / "x.npz")])
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert line["logdet_min"] <= line["logdet"] <= line["logdet_max"]
+
+
 def test_the_guard_skips_and_counts_outliers(tmp_path, tiny_data, capsys):
     flags = ["--out", str(tmp_path / "a"), "--steps", "100", "--data", str(tiny_data), *SMALL_FLAGS]
     fails(capsys, train, [*flags, "--guard", "1e-6"], "20 steps in a row", "--lr")
@@ -582,7 +611,9 @@ def test_sample_py_refuses(tmp_path, digits_run, capsys, extra, word):
     ("--steps 0", "steps"), ("--batch-size 0", "batch_size"), ("--noise pink", "pink"), ("--nonsense 1", "nonsense"), ("--label-drop 1", "label_drop"),
     ("--data DATA --num-classes 5", "num_classes"), ("--data DATA --image-size 32", "16"), ("--fsdp", "torchrun"), ("--micro-batch 7", "batch_size"),
     ("--data DATA --holdout 6", "hold out"), ("--out /proc/x", "/proc/x"), ("--out RUN", "already holds --resume"), ("--seed -1", "seed"),
-    ("--out RUN --resume --flow-blocks 3", "flow_blocks 2 3"), ("--out RUN --resume --lr 1", "lr"), ("--eval NEW", "checkpoint"),
+    ("--out RUN --resume --flow-blocks 3", "flow_blocks 2 3"), ("--out RUN --resume --lr 1", "lr"), ("--eval NEW", "checkpoint"), ("--save-every 0", "--save-every"),
+    ("--workers -1", "--workers"), ("--seed 99999999999999999999999", "seed"), ("--num-classes 5", "num_classes"),
+    ("--eval RUN --flow-blocks 7", "flow_blocks"),
     ("--eval RUN --distill x", "one")])
 def test_train_py_refuses(tmp_path, digits_run, tiny_data, capsys, extra, words):
     new = tmp_path / "new"

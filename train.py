@@ -54,7 +54,7 @@ class Train:
     lr_end: float = field(default=0.01, metadata={"help": "learning rate at the end, as a part of the peak"})
     warmup: int = field(default=100, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.03, metadata={"help": "on matrices only"})
-    clip: float = field(default=1.0, metadata={"help": "gradient norm above which gradients are scaled down"})
+    clip: float = field(default=1.0, metadata={"help": "gradient norm above which gradients are scaled down; 0 = off"})
     label_drop: float = field(default=0.1, metadata={"help": "part of the labels replaced by the null class, for guidance"})
     flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
     enlarge: bool = field(default=False, metadata={"help": "bring images smaller than image_size up to it, as ADM does, instead of refusing them"})
@@ -71,6 +71,8 @@ class Train:
                 raise UserError(f"{f.name}: got {value}, expected a finite number >= {1 if f.name in ('steps', 'batch_size') else 0}")
         if self.noise not in ("gaussian", "uniform"):
             raise UserError(f"noise: got {self.noise!r}, expected gaussian or uniform")
+        if self.seed >= 2**63:
+            raise UserError(f"seed: got {self.seed}, expected an integer below 2^63")
         for name in ("label_drop", "ema"):
             if getattr(self, name) >= 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 0 to below 1")
@@ -93,7 +95,7 @@ def sigma_at(train: Train, step: int) -> float | None:
 
 
 def lr_at(train: Train, step: int) -> float:
-    """Linear warm-up, then cosine to lr lr_end."""
+    """Linear warm-up times a cosine from lr to lr lr_end."""
     warm = min(1.0, (step + 1) / max(1, train.warmup))
     return train.lr * warm * (train.lr_end + (1 - train.lr_end) * 0.5 * (1 + math.cos(math.pi * step / train.steps)))
 
@@ -121,8 +123,9 @@ def bf16_is_fast(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model: Farmer, dataset: ImageDataset, indices: np.ndarray, train: Train, rank: int = 0, world: int = 1, quiet: bool = True) -> dict:
-    """Held-out likelihood in float32: nats/dim (the negative log-likelihood) and its parts, their standard error over images, bits/dim.
+    """Held-out likelihood in float32: nats/dim = informative + redundant - logdet, the standard error over images, bits/dim.
 
+    nats_per_dim, informative and redundant are negative log-likelihoods, logdet is log|det|; all are divided by the D numbers of an image.
     Image i has fixed noise. bits/dim = NLL / (D ln 2) + 7 is given for uniform noise only: it bounds that of the 8-bit data (section 9).
     """
     c, device = model.config, model.flow.mean.device
@@ -144,7 +147,7 @@ def evaluate(model: Farmer, dataset: ImageDataset, indices: np.ndarray, train: T
     mean, square = (sums[:4] / n).unbind(1)
     error = ((square[0] - mean[0] ** 2).clamp(min=0) / max(n - 1, 1)).sqrt().item()
     result = dict(images=int(n), nats_per_dim=mean[0].item(), standard_error=error, informative=mean[1].item(), redundant=mean[2].item(),
-                  logdet=mean[3].item(), noise=train.noise if train.noise == "uniform" else f"gaussian, sigma {train.noise_end:g}")
+                  logdet=-mean[3].item(), noise=train.noise if train.noise == "uniform" else f"gaussian, sigma {train.noise_end:g}")
     if train.noise == "uniform":
         result |= dict(bits_per_dim=mean[0].item() / math.log(2) + 7, bits_standard_error=error / math.log(2))
     return result
@@ -186,7 +189,8 @@ def dry_run(c: Config, train: Train, micro_batch: int, world: int, checkpointing
     hidden = c.num_tokens * c.flow_blocks * c.flow_layers * c.flow_width + (c.num_tokens + c.class_tokens) * c.ar_layers * c.ar_width
     state = 16 * (flow + prior) / (world if fsdp else 1) / 2**30  # weight, gradient, two moments in float32
     activations = micro_batch * hidden * (2 if checkpointing else 40) / 2**30  # about 20 bf16 tensors of width W in a layer
-    print(f"memory per device, a rough estimate: weights and optimizer {state:.2f} GiB, activations {activations:.2f} GiB at {micro_batch} images")
+    print(f"at {micro_batch} images per device and pass (--micro-batch lowers that)")
+    print(f"memory per device, a rough estimate: weights and optimizer {state:.2f} GiB, activations {activations:.2f} GiB")
     print(f"tokens: {c.num_tokens} of {c.token_dim} channels; {flops_per_image(c) / 1e9:.2f} GFLOP per image forward, three times that in training")
     try:
         n = len(training_data(train, c)[1])
@@ -197,16 +201,16 @@ def dry_run(c: Config, train: Train, micro_batch: int, world: int, checkpointing
 
 def training_data(train: Train, c: Config, cache: str | None = None, workers: int = 2) -> tuple[ImageDataset, np.ndarray, ImageDataset, np.ndarray]:
     """(dataset, training indices, dataset, validation indices). The digits have a validation set of their own; elsewhere it is the hold-out."""
-    if train.data == "digits":
-        data, val = (ImageDataset(digits(n, c.image_size, c.channels, s), c.image_size, c.channels) for n, s in ((4000, 0), (500, 1)))
-        return data, np.arange(4000), val, np.arange(500)
-    images = open_images(train.data, train.enlarge)
+    images = digits(4000, c.image_size, c.channels, 0) if train.data == "digits" else open_images(train.data, train.enlarge)
     if c.num_classes:
         if images.labels is None:
             raise UserError(f"{train.data} has no labels, but num_classes is {c.num_classes}; use class folders or --num-classes 0")
         if images.labels.max() >= c.num_classes:
             top = images.labels.max()
             raise UserError(f"{train.data} has labels up to {top}, but num_classes is {c.num_classes}; pass --num-classes {top + 1}")
+    if train.data == "digits":
+        data, val = (ImageDataset(d, c.image_size, c.channels) for d in (images, digits(500, c.image_size, c.channels, 1)))
+        return data, np.arange(len(data)), val, np.arange(len(val))
     if cache:
         first = not dist.is_initialized() or dist.get_rank() == 0
         for build in (True, False) if dist.is_initialized() else (True,):  # process 0 builds while the others wait
@@ -269,16 +273,16 @@ def main(argv: list[str] | None = None) -> None:
     add_fields(parser.add_argument_group("training (default: the preset's)"), Train)
     add_fields(parser.add_argument_group("model (default: the preset's)"), Config)
     args = parser.parse_args(argv)
-    for name in ("log_every", "micro_batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    for name, least in dict(log_every=1, save_every=1, micro_batch=1, sample_every=0, val_every=0, keep=0, workers=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least {least}")
     if sum(map(bool, (args.eval, args.distill, args.dry_run))) > 1:
         raise UserError("--eval, --distill, --dry-run: got more than one, expected one")
     device = pick_device(args.device)
     rank, world = init_distributed(device)
     if args.eval:
         return eval_main(args, device, rank, world)
-    out = Path(args.out or (f"{checkpoint_path(args.distill).parent}-student" if args.distill else f"runs/{args.preset or 'tiny'}"))
+    out = Path(args.out or (f"{checkpoint_path(args.distill).resolve().parent}-student" if args.distill else f"runs/{args.preset or 'tiny'}"))
     preset, config, train, model, extra = resolve(args, out, device)
     if args.dry_run:
         return dry_run(config, train, args.micro_batch or train.batch_size // world, world, args.checkpointing, args.fsdp)
@@ -307,7 +311,9 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
             if value != have[name]:
                 raise UserError(f"--resume: {name} is {have[name]} in {out / 'ckpt.pt'}, but {value} was asked for; leave the flag out or start another --out")
         return preset, config, train, model, extra
-    if not args.dry_run and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")) and not args.resume:
+    if args.resume:
+        print(f"{out} holds no ckpt.pt yet: starting at step 0", file=sys.stderr)
+    elif not args.dry_run and (out / "ckpt.pt").exists():
         raise UserError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
     if args.distill:
         model, teacher, base = load_run(args.distill, device)
@@ -324,11 +330,16 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
 
 def eval_main(args, device: torch.device, rank: int, world: int) -> None:
     """--eval: of the training data the held-out part (or the digits' validation set), of other data all of it."""
+    if args.preset or given(args, Config):
+        raise UserError(f"--eval: got {', '.join(['preset'] * bool(args.preset) + list(given(args, Config)))}, but the model comes from its checkpoint")
     model, _, base = load_run(args.eval, device)
-    train = dataclasses.replace(base, **{**({"holdout": 0} if (args.data or base.data) != base.data else {}), **given(args, Train)})
+    other = args.data is not None and Path(args.data).resolve() != Path(base.data).resolve()
+    train = dataclasses.replace(base, **{**({"holdout": 0} if other else {}), **given(args, Train)})
     data, everything, val, held_out = training_data(train, model.config, args.cache, args.workers)
     result = evaluate(model, val, held_out if len(held_out) else everything, train, rank, world, quiet=rank > 0)
     if rank == 0:
+        if not len(held_out) and not other:
+            print("warning: the run held nothing out (--holdout), so this is the likelihood of its training images", file=sys.stderr)
         print(json.dumps(result, indent=1))
 
 
@@ -344,8 +355,6 @@ def make_output(out: Path) -> None:
 def train_main(args, out: Path, preset: str, config: Config, train: Train, model: Farmer | None, extra: dict | None,
                device: torch.device, rank: int, world: int) -> None:
     """The loop. Everything random in step s depends on (seed, s), so a resumed run is the same run, on any number of devices."""
-    if config.num_classes == 0 and train.label_drop:
-        train = dataclasses.replace(train, label_drop=0.0)
     if train.batch_size % world or (args.micro_batch and train.batch_size // world % args.micro_batch):
         raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} processes x micro-batch {args.micro_batch or 1}")
     if rank == 0:
@@ -388,6 +397,8 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
     ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 and not args.fsdp else net
     log = Log(out, start, args.tensorboard) if rank == 0 else None
     if rank == 0:
+        for stale in out.glob("*.tmp"):  # of a save that was killed
+            stale.unlink()
         print(f"{preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(indices)} images, steps {start} to {train.steps}, "
               f"{world} x {device}, into {out}", flush=True)
 
@@ -409,7 +420,7 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
             if args.keep:
                 (out / f"ckpt-{step}.pt").unlink(missing_ok=True)
                 os.link(out / "ckpt.pt", out / f"ckpt-{step}.pt")  # the next save replaces ckpt.pt, not this one
-                for old in sorted(out.glob("ckpt-*.pt"), key=lambda p: int(p.stem[5:]))[:-args.keep]:
+                for old in sorted((p for p in out.glob("ckpt-*.pt") if p.stem[5:].isdigit()), key=lambda p: int(p.stem[5:]))[:-args.keep]:
                     old.unlink()
 
     def look(step: int, draw: bool, validate: bool) -> None:
@@ -418,7 +429,7 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
         if rank == 0:
             kept = from_weights(config, weights)
             if validate and len(val_indices) and not distill:
-                log.write(step, {f"val_{k}": v for k, v in evaluate(kept, val, val_indices[::max(1, len(val_indices) // 500)], train).items()})
+                log.write(step, {f"val_{k}": v for k, v in evaluate(kept, val, val_indices[::-(-len(val_indices) // 500)], train).items()})
             if draw:
                 try:
                     write_file(out / "samples.png", lambda f: sample_grid(kept, config.sampling, train.seed).save(f, "PNG"))
@@ -439,7 +450,7 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
                      flip=train.flip)
     if start == 0:
         save_checkpoint(0)
-    step, saved, report, outliers = start, start, [], 0
+    step, saved, report, logdets, outliers = start, start, [], [], 0
     began = last = time.time()
     try:
         while step < train.steps and not stop:
@@ -447,7 +458,6 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
             for group in optimizer.param_groups:
                 group["lr"] = lr
             parts = torch.zeros(4, device=device)  # this step's loss and its parts, over all images of this process
-            logdets = []
             chunks = list(zip(*(t.chunk(accumulate) for t in next(source)), strict=True))
             for m, (images, labels, uid) in enumerate(chunks):
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -474,9 +484,9 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
             values = status[:4].tolist()
             if not math.isfinite(values[0]):
                 names = ("loss",) if distill else ("loss", "informative", "redundant", "logdet")
-                raise UserError(f"step {step}: the loss is not finite ({', '.join(f'{n} {v:.4g}' for n, v in zip(names, values, strict=False))}); "
+                raise Diverged(f"step {step}: the loss is not finite ({', '.join(f'{n} {v:.4g}' for n, v in zip(names, values, strict=False))}); "
                                 f"{out / 'ckpt.pt'} holds step {saved}; resume from it with a new --seed, or start again with a lower --lr or --clip")
-            norm = torch.nn.utils.clip_grad_norm_(params, train.clip)
+            norm = torch.nn.utils.clip_grad_norm_(params, train.clip or math.inf)
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             usual = statistics.median(norms) if len(norms) >= 50 else math.inf
             if math.isfinite(norm) and (not train.guard or norm <= train.guard * usual):
@@ -487,7 +497,7 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
             else:
                 skipped, outliers = skipped + 1, outliers + 1
                 if outliers == 20:
-                    raise UserError(f"step {step}: 20 steps in a row had gradient norms beyond {train.guard:g} x the usual {usual:.3g} (now {norm:.3g}) "
+                    raise Diverged(f"step {step}: 20 steps in a row had gradient norms beyond {train.guard:g} x the usual {usual:.3g} (now {norm:.3g}) "
                                     f"and were skipped; the run has left its good region: start again with a lower --lr, or --guard 0 to go on regardless")
             optimizer.zero_grad()
             step += 1
@@ -495,14 +505,14 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
             if rank == 0 and (step % args.log_every == 0 or step == train.steps):
                 now = time.time()
                 mean = [sum(column) / len(report) for column in zip(*report, strict=True)]
-                line = dict(loss=mean[0]) if distill else dict(zip(("nats_per_dim", "informative", "redundant", "logdet"), mean, strict=False))
+                line = dict(loss=mean[0]) if distill else dict(nats_per_dim=mean[0], informative=mean[1], redundant=mean[2], logdet=-mean[3])
                 if not distill and train.noise == "uniform":
                     line["bits_per_dim"] = mean[0] / math.log(2) + 7
                 if logdets:  # Fig. 8: an image with an abnormal log-det is a blurred one
                     line |= dict(logdet_min=torch.cat(logdets).min().item(), logdet_max=torch.cat(logdets).max().item())
                 line |= dict(grad_norm=mean[4], lr=lr, sigma=sigma, images_per_s=len(report) * train.batch_size / (now - last), skipped=skipped)
                 log.write(step, line, train.steps, (now - began) / (step - start) * (train.steps - step))
-                last, report = now, []
+                last, report, logdets = now, [], []
             final = step == train.steps
             if final or step % args.save_every == 0:
                 save_checkpoint(step)
@@ -512,6 +522,13 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
                 look(step, draw, validate)
         if step > saved:
             save_checkpoint(step)
+    except Diverged:
+        raise
+    except (UserError, OSError) as e:  # the data or the disk failed, not the weights
+        if world == 1 and step > saved:
+            save_checkpoint(step)
+            saved = step
+        raise UserError(f"{e}; {out / 'ckpt.pt'} holds step {saved}: mend that and --resume") from e
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -538,13 +555,20 @@ def distill_noise(Z: torch.Tensor, uid: torch.Tensor, train: Train) -> torch.Ten
     return torch.stack(noise)
 
 
+class Diverged(UserError):
+    """The weights are not worth saving."""
+
+
 class Log:
     """One line per report on stdout and in log.jsonl. A resumed run first takes off the lines after its checkpoint."""
 
     def __init__(self, out: Path, start: int, tensorboard: bool):
         self.path = out / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start] if start else []
+        keep = []
+        for line in self.path.read_text(errors="replace").splitlines() if start and self.path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+                if json.loads(line)["step"] <= start:
+                    keep.append(line)
         write_file(self.path, lambda f: f.write("".join(line + "\n" for line in keep).encode()))
         self.board = None
         if tensorboard:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from farmer import Config, UserError, load, patchify, quantize, unpatchify  # noqa: E402
+from farmer import Config, UserError, patchify, quantize, unpatchify  # noqa: E402
 from sample import Parser, run, write_file  # noqa: E402
-from train import Train, dequantized, sigma_at, training_data  # noqa: E402
+from support.images import open_images  # noqa: E402
+from train import Train, dequantized, load_run, sigma_at, training_data  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -67,7 +68,7 @@ def fit(data: str, out: str, holdout: int, epochs: int, size: int, seed: int) ->
         optimizer.step()
         schedule.step()
     model.eval()
-    torch.jit.script(model).save(out)
+    write_file(Path(out), lambda f: torch.jit.save(torch.jit.script(model), f))
     x, y = val.batch(val_indices)
     with torch.no_grad():
         right = (torch.cat([model.classify(to_float(part)) for part in x.split(500)]).argmax(1) == y).float().mean().item()
@@ -83,8 +84,8 @@ def read(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def swap(classifier: nn.Module, run_dir: str, num: int, seed: int) -> None:
     """The swap test: what an i.i.d. draw of Z_R would throw away shows in how much permuting it over the tokens changes the picture."""
-    farmer, extra = load(run_dir)
-    c, train = farmer.config, Train(**extra["train"])
+    farmer, _, train = load_run(run_dir, torch.device("cpu"))
+    c = farmer.config
     _, _, val, indices = training_data(train, c)
     images, labels = val.batch(indices[:num])
     X = patchify(dequantized(images, torch.from_numpy(indices[:num]), seed, sigma_at(train, train.steps)), c.patch_size)
@@ -109,6 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=200, help="swap: images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if min(args.epochs, args.num, args.image_size) < 1 or args.holdout < 0 or args.seed < 0:
+        raise UserError("--epochs, --num, --image-size, --holdout, --seed: expected at least 1, 1, 1, 0 and 0")
+    if args.action in ("fit", "heldout") and not Path(args.second).resolve().parent.is_dir():
+        raise UserError(f"{args.second}: its directory does not exist; create it first")
     if args.action == "heldout":
         _, _, dataset, indices = held_out_data(args.first, args.holdout, args.image_size)
         images, labels = dataset.batch(indices)
@@ -121,8 +126,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.first}: not a classifier ({str(e).splitlines()[0]}); make one with: classifier.py fit DATA {args.first}") from e
     if args.action == "swap":
         return swap(classifier, args.second, args.num, args.seed)
-    with np.load(args.second) as f:
-        images, labels = torch.from_numpy(f["images"]).permute(0, 3, 1, 2), torch.from_numpy(f["labels"])
+    samples = open_images(args.second)
+    if samples.array is None or samples.labels is None:
+        raise UserError(f"{args.second}: expected an .npz with images and labels, as sample.py writes")
+    images, labels = torch.from_numpy(samples.array).permute(0, 3, 1, 2), torch.from_numpy(samples.labels)
     print(f"{args.second}: {100 * read(classifier, images, labels):.1f}% of {len(labels)} images read as their label")
 
 

@@ -123,7 +123,7 @@ def open_images(path: str, enlarge: bool = False) -> Images:
     An .npz: `images` or `arr_0` (N, H, W) or (N, H, W, C) uint8, and optional integer `labels` or `arr_1` (N,).
     """
     path = os.path.abspath(os.path.expanduser(path))
-    names, expected = [], "expected a folder or .zip of images (flat or one folder per class) or an .npz with uint8 `images`: check --data"
+    names, expected = [], "expected a folder or .zip of images (flat or one folder per class) or an .npz with uint8 `images`: check the path"
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist; {expected}")
     try:
