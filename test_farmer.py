@@ -611,8 +611,8 @@ def test_sample_py_refuses(tmp_path, digits_run, capsys, extra, word):
     ("--steps 0", "steps"), ("--batch-size 0", "batch_size"), ("--noise pink", "pink"), ("--nonsense 1", "nonsense"), ("--label-drop 1", "label_drop"),
     ("--data DATA --num-classes 5", "num_classes"), ("--data DATA --image-size 32", "16"), ("--fsdp", "torchrun"), ("--micro-batch 7", "batch_size"),
     ("--data DATA --holdout 6", "hold out"), ("--out /proc/x", "/proc/x"), ("--out RUN", "already holds --resume"), ("--seed -1", "seed"),
-    ("--out RUN --resume --flow-blocks 3", "flow_blocks 2 3"), ("--out RUN --resume --lr 1", "lr"), ("--eval NEW", "checkpoint"), ("--save-every 0", "--save-every"),
-    ("--workers -1", "--workers"), ("--seed 99999999999999999999999", "seed"), ("--num-classes 5", "num_classes"),
+    ("--out RUN --resume --flow-blocks 3", "flow_blocks 2 3"), ("--out RUN --resume --lr 1", "lr"), ("--eval NEW", "checkpoint"),
+    ("--save-every 0", "--save-every"), ("--workers -1", "--workers"), ("--seed 99999999999999999999999", "seed"), ("--num-classes 5", "num_classes"),
     ("--eval RUN --flow-blocks 7", "flow_blocks"),
     ("--eval RUN --distill x", "one")])
 def test_train_py_refuses(tmp_path, digits_run, tiny_data, capsys, extra, words):
