@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="samples.png", help="X.png: a grid, one row per label; X.npz: images uint8 (N, H, W, C) and labels")
     parser.add_argument("--batch-size", type=int, default=100, help="images per batch; does not change them")
     parser.add_argument("--inverse", choices=("exact", "parallel", "student", "refined"), help="of the flow (default: student if there is one)")
-    parser.add_argument("--tol", type=float, default=1e-4, help="parallel, refined: stop when no value moves by more")
+    parser.add_argument("--tol", type=float, default=1e-4, help="parallel, refined: largest error aimed at")
     parser.add_argument("--max-passes", type=int, help="parallel, refined: stop after so many passes in a block")
     parser.add_argument("--benchmark", action="store_true", help="time the parts of sampling instead")
     parser.add_argument("--seed", type=int, default=0)
