@@ -3,7 +3,7 @@
     python fid.py SAMPLES REFERENCE                                  images or saved statistics against each other
     python fid.py runs/tiny REFERENCE --num 50000 --guidance 1.5     samples straight from a model, keeping no files
     python fid.py REFERENCE --save-stats reference.npz               statistics to compare with later
-    torchrun --nproc_per_node=8 fid.py ...                           the same numbers, the work shared
+    torchrun --nproc_per_node=8 fid.py runs/tiny REFERENCE -n 50000  the same numbers, the work shared (-n: torchrun stumbles over --num)
 
 SAMPLES and REFERENCE are folders of any depth, .zip files, .npz files of images (`images`, or ADM's `arr_0`), or
 .npz files of statistics (`mu`, `sigma`: pytorch-fid's and ADM's). An .npz that holds both, like ADM's reference
@@ -446,7 +446,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(prog="fid.py", description=__doc__)
     p.add_argument("samples", metavar="SAMPLES", help="folder, .zip or .npz; with --num a training directory or checkpoint")
     p.add_argument("reference", metavar="REFERENCE", nargs="?", help="folder, .zip or .npz; may be left out with --save-stats")
-    p.add_argument("--num", type=int, help="draw this many samples from the model in SAMPLES, as many of each class")
+    p.add_argument("-n", "--num", type=int, help="draw this many samples from the model in SAMPLES, as many of each class")
     p.add_argument("--guidance", type=float, help="the paper's w for these samples, 0 = off (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="of these samples; nothing else is random (default %(default)s)")
     p.add_argument("--features", metavar="FILE.pt", help="TorchScript (.pt2: torch.export) module (N, 3, H, W) in [-1, 1] -> (N, D) as features")

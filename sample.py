@@ -1,7 +1,8 @@
 """Sample from a trained FARMER: a grid picture or an .npz, or with --benchmark the time that each part of sampling takes.
 
     python sample.py runs/tiny --labels 3,7 --guidance 2 --out threes_and_sevens.png
-    python sample.py runs/tiny --num 50000 --out samples.npz              # torchrun shares the work
+    python sample.py runs/tiny --num 50000 --out samples.npz
+    torchrun --nproc_per_node=8 sample.py runs/tiny -n 50000 --out samples.npz   # -n: torchrun's parser stumbles over --num
 """
 import argparse
 import dataclasses
@@ -228,7 +229,7 @@ def timed(f, device: torch.device) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's directory or a .pt file")
-    parser.add_argument("--num", type=int, help="images (default: 10 per label for a picture, else 1000)")
+    parser.add_argument("-n", "--num", type=int, help="images (default: 10 per label for a picture, else 1000)")
     parser.add_argument("--labels", help="classes to make, in turn, e.g. 0,3,7 (default: all)")
     parser.add_argument("--out", default="samples.png", help="X.png: a grid, one row per label; X.npz: images uint8 (N, H, W, C) and labels")
     parser.add_argument("--batch-size", type=int, default=100, help="images per batch; does not change them")
