@@ -689,7 +689,7 @@ def message(call, *args, **kwargs):
     return str(error.value)
 
 
-def test_data_folder_zip_npz_hold_the_same(folder, tmp_path):
+def test_data_folder_zip_npz_hold_the_same(folder, tmp_path, monkeypatch):
     images = open_images(str(folder))
     assert images.names[:4] == ["ape/00.png", "ape/01.png", "ape/02.png", "ape/04.png"] and images.names[5] == "ape/deep/03.png"
     assert images.classes == ["ape", "bee"] and images.labels.tolist() == [0] * 6 + [1] * 5 and images.labels.dtype == np.int64
@@ -705,6 +705,13 @@ def test_data_folder_zip_npz_hold_the_same(folder, tmp_path):
         packed = open_images(str(tmp_path / name))
         np.testing.assert_array_equal(packed.labels, images.labels)
         np.testing.assert_array_equal(pixels(packed), pixels(images))
+    monkeypatch.setattr(images_module, "MAP_FROM", 1)  # large and not compressed: stays on disk, in a worker too
+    np.savez_compressed(tmp_path / "small.npz", images=expected, labels=images.labels)
+    np.savez(tmp_path / "turned.npz", images=np.asfortranarray(expected), labels=images.labels)
+    for name, mapped in (("set.npz", True), ("adm.npz", True), ("small.npz", False), ("turned.npz", False)):
+        for packed in (opened := open_images(str(tmp_path / name)), pickle.loads(pickle.dumps(opened))):
+            assert isinstance(packed.array, np.memmap) == mapped, name
+            np.testing.assert_array_equal(pixels(packed), pixels(images))
     np.testing.assert_array_equal(images[2], expected[2])
     item, label = ImageDataset(images, 8, 3)[7]
     np.testing.assert_array_equal(item, expected[7].transpose(2, 0, 1))
@@ -907,7 +914,8 @@ def test_data_bad_sources(tmp_path):
     for name in ("not.zip", "not.npz", "not.tar"):
         assert name in message(open_images, str(tmp_path / name))
     assert "expected" in npz(pictures=good)
-    assert "float32" in npz(images=np.full((4, 8, 8, 3), np.nan, np.float32))
+    assert "float32 (4, 8, 8, 3) with 768 values that are not finite" in npz(images=np.full((4, 8, 8, 3), np.nan, np.float32))
+    assert "finite" not in npz(images=np.zeros((4, 8, 8, 3), np.float32))
     for shape in ((8, 8), (4, 8, 8, 4), (0, 8, 8, 3), (4, 3, 8, 8, 1)):
         assert str(shape) in npz(images=np.zeros(shape, np.uint8))
 
