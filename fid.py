@@ -38,7 +38,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from farmer import UserError, checkpoint_path, load
-from sample import Parser, Progress, default_labels, init_distributed, pick_device, sample_images, write_file
+from sample import (
+    COMPILE_FROM,
+    Parser,
+    Progress,
+    compile_layers,
+    default_labels,
+    init_distributed,
+    leave_distributed,
+    pick_device,
+    sample_images,
+    write_file,
+)
 from support.images import open_images
 
 # Legend: N, M images; D features; C classes; mu (D,) and sigma (D, D) mean and covariance of the features.
@@ -496,6 +507,8 @@ def run(args: argparse.Namespace) -> dict:
                                 "compute them again with --save-stats")
         features = CustomFeatures(args.features, device) if args.features else load_inception(args.weights).to(device)
     if model:
+        if args.num >= COMPILE_FROM:
+            compile_layers(model, device)
         guidance = model.config.sampling.guidance if args.guidance is None else args.guidance
         batches = sampled_batches(model, share(args.num), guidance, args.seed, args.batch_size)
         sides.append(extract(batches, args.num, features, args.samples, device))
@@ -506,6 +519,7 @@ def run(args: argparse.Namespace) -> dict:
             if stats and stats.features == features.name:  # as ADM's evaluator: the file's own statistics come first
                 side.mu, side.sigma, side.num = stats.mu, stats.sigma, stats.num
         sides.append(side)
+    leave_distributed()
     if rank:
         sys.exit(0)  # process 0 has all features and writes the report
     report = score(*sides, features=features, device=device) | ({"guidance": guidance, "seed": args.seed} if model else {})

@@ -161,6 +161,42 @@ def test_cached_steps_equal_the_teacher_forced_parameters(look_above, static):
     assert torch.allclose(prior.redundant(prior.transformer(h, cache)[:, -1]).mu, shared.mu, atol=1e-10)
 
 
+def test_compiled_layers_over_static_caches_sample_the_same(monkeypatch):
+    """What a GPU runs, but for the kernels and the replay: whole graphs, one for all layers and blocks at each shape."""
+    model, compiled = randomised(), randomised()
+    for m in (model, compiled):
+        m.new_student().double()
+    new_cache = farmer.Transformer.new_cache
+    monkeypatch.setattr(farmer.Transformer, "new_cache", lambda self, B, T, like: new_cache(self, B, T, like, static=True))
+    torch._dynamo.reset()
+    sample.compile_layers(compiled, torch.device("cuda"), backend="aot_eager", fullgraph=True)
+    labels, options = torch.tensor([0, 1, 2]), Sampling(guidance=1.0)
+    for method in ("exact", "parallel", "student"):
+        a, b = (m.sample(labels, 1.0, torch.Generator().manual_seed(0), options, method=method) for m in (model, compiled))
+        assert (a - b).abs().max() < 1e-9, method
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8  # of 3 + 3 + 1 layers at 3 or 4 shapes
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_attention_on_a_cpu(causal):
+    """Values and gradients against float64, as close as the fused kernel's; no bit of a later token reaches an earlier one."""
+    qkv = torch.randn(3, 2, 2, 40, 16, dtype=torch.float64)
+
+    def results(dtype):
+        q, k, v = leaves = [t.to(dtype).requires_grad_() for t in qkv]
+        out = farmer.attention(q, k, v, None, causal)
+        return [out.double(), *(g.double() for g in torch.autograd.grad(out.square().sum(), leaves))]
+    for exact, got in zip(results(torch.float64), results(torch.bfloat16), strict=True):
+        assert (got - exact).abs().max() < 0.02 * exact.abs().max()
+    q, k, v = qkv.bfloat16()
+    before = farmer.attention(q, k, v, None, causal)
+    k[:, :, 20:] += 1
+    v[:, :, 20:] += 1
+    changed = (farmer.attention(q, k, v, None, causal) != before).any((0, 1, 3))
+    assert changed[20:].all() and changed[:20].any() != causal
+
+
 def test_one_component_without_split_is_one_more_flow_block():
     """A.1: the prior's mu and sigma used as an affine step z -> u, then log N(u; 0, 1), and its sampling as the inverse step."""
     config = dataclasses.replace(SMALL, informative_dim=12, informative_mixtures=1)

@@ -36,7 +36,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from farmer import PRESETS, Config, Farmer, Layer, UserError, checkpoint_path, dequantize, from_weights, load, patchify, write_checkpoint
-from sample import Parser, Progress, add_fields, duration, given, image_generators, init_distributed, pick_device, run, sample_grid, write_file
+from sample import (
+    Parser,
+    Progress,
+    add_fields,
+    compile_layers,
+    duration,
+    given,
+    image_generators,
+    init_distributed,
+    leave_distributed,
+    pick_device,
+    run,
+    sample_grid,
+    write_file,
+)
 from support.images import ImageDataset, batches, cache_images, check_images, digits, hold_out, open_images
 
 
@@ -161,12 +175,10 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]
 
 
 def prepare(module: torch.nn.Module, device: torch.device, checkpointing: bool) -> None:
-    """Per-layer options that change no result: activation checkpointing, and torch.compile on a GPU (per layer: start-up stays short)."""
-    for layer in (m for m in module.modules() if isinstance(m, Layer)):
-        if checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if device.type == "cuda":
-            layer.compile()
+    """Per-layer options that change no result: activation checkpointing, and torch.compile on a GPU."""
+    for layer in (m for m in module.modules() if checkpointing and isinstance(m, Layer)):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    compile_layers(module, device)
 
 
 def flops_per_image(c: Config) -> float:
@@ -532,8 +544,7 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_distributed()
     if stop:
         print(f"stopped at step {step}, saved; go on with: python train.py --resume --out {out}", file=sys.stderr)
         sys.exit(128 + stop[0])
