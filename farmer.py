@@ -524,18 +524,19 @@ class Flow(nn.Module):
         """
         if method in ("student", "refined") and student is None:
             raise UserError(f"inverse: got {method!r}, but this model has no student; distil one: python train.py --distill DIR")
-        z = Z.flip(1) if self.final_flip else Z
-        for t in reversed(range(len(self.blocks))):
-            if method == "exact":
-                z = self.blocks[t].inverse(z)
-            elif method == "parallel":
-                z, _ = self.blocks[t].inverse_jacobi(z, z, tol, max_steps)
-            elif method == "refined":
-                z, _ = self.blocks[t].inverse_jacobi(z, student.blocks[t].one_step(z), tol, max_steps)
-            elif method == "student":
-                z = student.blocks[t].one_step(z)
-            else:
-                raise UserError(f"inverse: got {method!r}, expected exact, parallel, refined or student")
+        with torch.inference_mode():
+            z = Z.flip(1) if self.final_flip else Z
+            for t in reversed(range(len(self.blocks))):
+                if method == "exact":
+                    z = self.blocks[t].inverse(z)
+                elif method == "parallel":
+                    z, _ = self.blocks[t].inverse_jacobi(z, z, tol, max_steps)
+                elif method == "refined":
+                    z, _ = self.blocks[t].inverse_jacobi(z, student.blocks[t].one_step(z), tol, max_steps)
+                elif method == "student":
+                    z = student.blocks[t].one_step(z)
+                else:
+                    raise UserError(f"inverse: got {method!r}, expected exact, parallel, refined or student")
         with full_precision(z):
             return z @ self.inverse_map + self.mean
 
