@@ -662,21 +662,23 @@ class Noise(NamedTuple):
 def draw(gmm: GMM, options: Sampling, u: Tensor, eps: Tensor, pick: Tensor, scale: float = 1.0) -> Tensor:
     """Draws from one mixture per image (B, K, ...), or with guidance from a doubled batch (2B, K, ...): u (B, S) -> (B, S or picks, d)."""
     if options.guidance > 0:
-        return resample_cfg(*gmm.halves(), options, u, eps, pick, scale)
+        return resample_cfg(gmm, options, u, eps, pick, scale)
     return gmm_sample(gmm.tempered(options.T_pi, options.T_sigma * scale), u, eps)
 
 
-def resample_cfg(p_c: GMM, p_u: GMM, options: Sampling, u: Tensor, eps: Tensor, pick: Tensor, scale: float = 1.0) -> Tensor:
+def resample_cfg(p: GMM, options: Sampling, u: Tensor, eps: Tensor, pick: Tensor, scale: float = 1.0) -> Tensor:
     """Draws, the better the more candidates, from p'(z) ~ p_c(z)^{1+w} p_u(z)^{-w} (Eq. 15, Algorithm 1) by importance resampling.
 
     The first s_c : s_u share of the S candidates is proposed from p_c and weighed with (p_c/p_u)^w, the rest from p_u with (p_c/p_u)^{w+1}.
-    p_c, p_u: logits (B, K), mu and log_sigma (B, K, d); u (B, S), eps (B, S, d) make the candidates, pick (B, n) chooses -> (B, n, d).
+    p is the doubled batch [p_c, p_u]: logits (2B, K), mu and log_sigma (2B, K, d); u (B, S), eps (B, S, d) make the candidates, pick (B, n)
+    chooses -> (B, n, d).
     """
     w, S = options.guidance, u.shape[1]
     S_c = S * options.s_c // (options.s_c + options.s_u)
-    z = torch.cat([gmm_sample(p.tempered(options.T_pi, options.T_sigma * scale), u[:, part], eps[:, part])
-                   for p, part in ((p_c, slice(0, S_c)), (p_u, slice(S_c, S)))], 1)  # (B, S, d)
-    delta = torch.sub(*(shared_gmm_log_prob(z, *p.tempered(options.T_pi_v, options.T_sigma_v)) for p in (p_c, p_u)))  # (B, S)
+    p_c, p_u = p.tempered(options.T_pi, options.T_sigma * scale).halves()
+    z = torch.cat([gmm_sample(p_c, u[:, :S_c], eps[:, :S_c]), gmm_sample(p_u, u[:, S_c:], eps[:, S_c:])], 1)  # (B, S, d)
+    log_p_c, log_p_u = shared_gmm_log_prob(z.repeat(2, 1, 1), *p.tempered(options.T_pi_v, options.T_sigma_v)).chunk(2)  # (B, S)
+    delta = log_p_c - log_p_u
     log_weight = options.T_s * torch.cat([w * delta[:, :S_c], (w + 1) * delta[:, S_c:]], 1)
     chosen = categorical(log_weight, pick)  # (B, n)
     return z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))

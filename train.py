@@ -342,8 +342,9 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
 
 def eval_main(args, device: torch.device, rank: int, world: int) -> None:
     """--eval: of the training data the held-out part (or the digits' validation set), of other data all of it."""
-    if args.preset or given(args, Config):
-        raise UserError(f"--eval: got {', '.join(['preset'] * bool(args.preset) + list(given(args, Config)))}, but the model comes from its checkpoint")
+    fixed = ["preset"] * bool(args.preset) + [*given(args, Config), *given(args, Train).keys() - {"data", "enlarge", "holdout", "noise", "noise_end"}]
+    if fixed:
+        raise UserError(f"--eval: got {', '.join(fixed)}; only data, enlarge, holdout, noise and noise_end can be chosen, all else is as in its checkpoint")
     model, _, base = load_run(args.eval, device)
     other = args.data is not None and Path(args.data).resolve() != Path(base.data).resolve()
     train = dataclasses.replace(base, **{**({"holdout": 0} if other else {}), **given(args, Train)})
@@ -431,7 +432,10 @@ def train_main(args, out: Path, preset: str, config: Config, train: Train, model
             write_checkpoint(out / "ckpt.pt", config, weights, content)
             if args.keep:
                 (out / f"ckpt-{step}.pt").unlink(missing_ok=True)
-                os.link(out / "ckpt.pt", out / f"ckpt-{step}.pt")  # the next save replaces ckpt.pt, not this one
+                try:
+                    os.link(out / "ckpt.pt", out / f"ckpt-{step}.pt")  # the next save replaces ckpt.pt, not this one
+                except OSError:  # a file system without hard links
+                    write_checkpoint(out / f"ckpt-{step}.pt", config, weights, content)
                 for old in sorted((p for p in out.glob("ckpt-*.pt") if p.stem[5:].isdigit()), key=lambda p: int(p.stem[5:]))[:-args.keep]:
                     old.unlink()
 
