@@ -271,15 +271,16 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = init_distributed(device)
     model, _ = load(args.checkpoint, device)
     options = dataclasses.replace(model.config.sampling, **given(args, Sampling))
-    if args.benchmark or (args.num or 0) >= COMPILE_FROM:
-        compile_layers(model, device)
     if args.benchmark:
+        compile_layers(model, device)
         return benchmark(model, options, args.seed)
     classes = parse_labels(args.labels, model.config) if args.labels is not None else list(range(max(model.config.num_classes, 1)))
     picture = out.suffix == ".png"
     if picture and len(classes) > 20:
         classes = [classes[i * len(classes) // 10] for i in range(10)]
     num = args.num or (10 * len(classes) if picture else 1000)
+    if num >= COMPILE_FROM:
+        compile_layers(model, device)
     columns = -(-num // len(classes))
     labels = torch.tensor([classes[i // columns] if picture else classes[i % len(classes)] for i in range(num)])
     first, last = rank * num // world, (rank + 1) * num // world  # this process's images
