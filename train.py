@@ -342,7 +342,7 @@ def resolve(args, out: Path, device: torch.device) -> tuple[str, Config, Train, 
 
 def eval_main(args, device: torch.device, rank: int, world: int) -> None:
     """--eval: of the training data the held-out part (or the digits' validation set), of other data all of it."""
-    fixed = ["preset"] * bool(args.preset) + [*given(args, Config), *given(args, Train).keys() - {"data", "enlarge", "holdout", "noise", "noise_end"}]
+    fixed = ["preset"] * bool(args.preset) + [*given(args, Config), *sorted(given(args, Train).keys() - {"data", "enlarge", "holdout", "noise", "noise_end"})]
     if fixed:
         raise UserError(f"--eval: got {', '.join(fixed)}; only data, enlarge, holdout, noise and noise_end can be chosen, all else is as in its checkpoint")
     model, _, base = load_run(args.eval, device)
