@@ -277,7 +277,7 @@ def repeat(step, times: int, device: torch.device) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, all (B, heads, T, head_dim)."""
+    """softmax(q k^T / sqrt(head_dim)) v: q (B, heads, t, head_dim), k and v (B, heads, T, head_dim), mask bool (t, T); causal needs t = T."""
     T = q.shape[2]
     if q.dtype == torch.bfloat16 and not q.is_cuda and mask is None and T <= 256:  # the fused kernel's bf16 backward is slow on a CPU
         scores = (q @ k.mT).float() * q.shape[3]**-0.5
@@ -524,7 +524,7 @@ class Flow(nn.Module):
         """
         if method in ("student", "refined") and student is None:
             raise UserError(f"inverse: got {method!r}, but this model has no student; distil one: python train.py --distill DIR")
-        with torch.inference_mode():
+        with torch.inference_mode():  # faster than no_grad; the product below makes an ordinary tensor again
             z = Z.flip(1) if self.final_flip else Z
             for t in reversed(range(len(self.blocks))):
                 if method == "exact":

@@ -38,18 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from farmer import UserError, checkpoint_path, load
-from sample import (
-    COMPILE_FROM,
-    Parser,
-    Progress,
-    compile_layers,
-    default_labels,
-    init_distributed,
-    leave_distributed,
-    pick_device,
-    sample_images,
-    write_file,
-)
+from sample import Parser, Progress, default_labels, init_distributed, leave_distributed, pick_device, sample_images, write_file
 from support.images import open_images
 
 # Legend: N, M images; D features; C classes; mu (D,) and sigma (D, D) mean and covariance of the features.
@@ -507,8 +496,6 @@ def run(args: argparse.Namespace) -> dict:
                                 "compute them again with --save-stats")
         features = CustomFeatures(args.features, device) if args.features else load_inception(args.weights).to(device)
     if model:
-        if args.num >= COMPILE_FROM:
-            compile_layers(model, device)
         guidance = model.config.sampling.guidance if args.guidance is None else args.guidance
         batches = sampled_batches(model, share(args.num), guidance, args.seed, args.batch_size)
         sides.append(extract(batches, args.num, features, args.samples, device))

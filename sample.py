@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from farmer import Config, Farmer, Layer, Sampling, UserError, load, quantize
 
-COMPILE_FROM = 1000  # images to sample: fewer are done before compiling is
+COMPILE_FROM = 1000  # images for one GPU: fewer are done before compiling is
 
 
 # ---------------------------------------------------------------------------------------------------------------------- shared by the scripts
@@ -168,6 +168,8 @@ def sample_images(model: Farmer, labels: torch.Tensor, *, seed: int, batch_size:
     options: the other sampling settings; inverse: method, tol, max_steps of `Farmer.decode`. Raises UserError on non-finite pixels.
     """
     device = model.flow.mean.device
+    if len(labels) >= COMPILE_FROM:
+        compile_layers(model, device)
     for i in range(0, len(labels), batch_size):
         y = labels[i:i + batch_size]
         x = model.sample(y, guidance, image_generators(seed, range(start + i, start + i + len(y)), device), options, **inverse)
@@ -279,8 +281,6 @@ def main(argv: list[str] | None = None) -> None:
     if picture and len(classes) > 20:
         classes = [classes[i * len(classes) // 10] for i in range(10)]
     num = args.num or (10 * len(classes) if picture else 1000)
-    if num >= COMPILE_FROM:
-        compile_layers(model, device)
     columns = -(-num // len(classes))
     labels = torch.tensor([classes[i // columns] if picture else classes[i % len(classes)] for i in range(num)])
     first, last = rank * num // world, (rank + 1) * num // world  # this process's images
