@@ -105,6 +105,9 @@ def fresh(args: argparse.Namespace, module: ModuleType, Train: type, device: tor
     preset = args.preset or first_preset(module)
     config = dataclasses.replace(module.PRESETS[preset], **given(args, module.Config))
     train = dataclasses.replace(Train(**module.TRAINING.get(preset, {})), **given(args, Train))
+    if getattr(config.sampling, "denoise", 0):  # it takes off the noise that training ends with
+        sigma = train.noise_end if train.noise == "gaussian" else 0.0
+        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, denoise=sigma))
     state = RunState(preset, {}, False, pick_precision(args.precision, device), {})
     return Start(out, config, train, state)
 
