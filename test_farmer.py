@@ -25,11 +25,22 @@ import farmer
 import fid
 import sample
 import train
-from conftest import REPOSITORY, SMALL_FLAGS, command, fails, same_weights, torchrun, weights
 from farmer import GMM, PRESETS, Config, Farmer, Noise, Sampling, categorical, gmm_log_prob, patchify, resample_cfg
 from support import classifier
 from support.checkpoint import load, model_file
 from support.cli import UserError, run_script
+from support.conftest import (  # noqa: F401  (fixtures among them)
+    REPOSITORY,
+    SMALL_FLAGS,
+    command,
+    digits_run,
+    fails,
+    same_weights,
+    small_run,
+    tiny_data,
+    torchrun,
+    weights,
+)
 from support.data import dequantize, digits, image_generators, quantize
 from support.distributed import prepare_layers
 from support.loader import batches, open_split

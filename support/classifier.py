@@ -19,11 +19,13 @@ from support.cli import Parser, Progress, UserError, at_least, check_writable, f
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from support.data import Images, dequantize, image_generators, open_images, quantize
 from support.loader import ImageDataset, Split, open_split
 from support.run import load_run
+from support.sampling import grid
 
 
 class Classifier(nn.Module):
@@ -153,6 +155,18 @@ def swap(args) -> None:
         swapped = model.exchange(x, part, order)
         error, right = (swapped - x).clamp(-2, 2).square().mean(), read_right(classifier, quantize(swapped), labels)
         print(f"{name:8s} permuted: MSE {float(error):.3f}, {100 * right:.1f}% read right")
+    if args.picture:
+        picture = exchanged_pairs(model, x[:2 * (len(x) // 2)][:20])
+        write_file(check_writable("--picture", args.picture), lambda f: picture.save(f, "PNG"))
+
+
+def exchanged_pairs(model, x: Tensor) -> Image.Image:
+    """Rows of real images a and b, a with b's Z_R, b with a's Z_R: what is seen to move is what Z_R carries."""
+    partners = torch.arange(len(x)).view(-1, 2).flip(1).flatten()
+    mixed = model.exchange(x, "redundant", None, partners)
+    rows = torch.cat([x.unflatten(0, (-1, 2)), mixed.unflatten(0, (-1, 2))], 1).flatten(0, 1)
+    images = quantize(rows).permute(0, 2, 3, 1).numpy()
+    return grid(images, 4, None, ["a", "b", "Z_I a", "Z_I b"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, help="fit, heldout: (default: the data's; digits 16)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="fit, heldout: (default: the data's; digits 3)")
     parser.add_argument("--num", type=int, default=200, help="swap: images (default: 200)")
+    parser.add_argument("--picture", metavar="X.png", help="swap: also pairs of real images with Z_R exchanged")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     args = parser.parse_args(argv)
     at_least(args, noise=0, epochs=1, holdout=0, image_size=1, num=1, seed=0)

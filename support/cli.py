@@ -135,6 +135,14 @@ def at_least(args: argparse.Namespace, **bounds: float) -> None:
             raise UserError(f"{flag_of(name)}: got {value}, expected at least {least}")
 
 
+def at_most(args: argparse.Namespace, **bounds: float) -> None:
+    """Likewise for an argument that is above its bound."""
+    for name, most in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not value <= most:
+            raise UserError(f"{flag_of(name)}: got {value}, expected at most {most}")
+
+
 # ------------------------------------------------------------------------------------------ progress
 class Progress:
     """One line on stderr, rewritten in a terminal, with the time left; nothing in the first two seconds."""

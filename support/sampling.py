@@ -97,7 +97,7 @@ def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
          column_labels: list[str] | None = None) -> Image.Image:
     """uint8 images (n, H, W, C) as one picture, row by row, small ones enlarged, with labels left of and above them."""
     n, H, W, C = images.shape
-    scale = max(1, 48 // H)
+    scale = math.ceil(48 / H)
     width, height = W * scale + 2, H * scale + 2
     images = np.repeat(images, 3, -1) if C == 1 else images
     left = 8 + 7 * max(len(label) for label in row_labels) if row_labels else 0

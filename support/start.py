@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from support.checkpoint import DEFAULT_MODEL, build, checkpoint_path
-from support.cli import Parser, UserError, at_least, check_memory, given, warn
+from support.cli import Parser, UserError, at_least, at_most, check_memory, given, warn
 from support.crops import fingerprint_difference
 from support.data import dequantize, image_generators
 from support.distributed import pick_precision, resumed_precision
@@ -61,6 +61,7 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
+    at_most(args, workers=1000)
     at_least(args, log_every=1, save_every=1, micro_batch=1, sample_every=0, val_every=0, keep=0, workers=0)
     if (args.eval is not None) + (args.distill is not None) + args.dry_run > 1:
         raise UserError("--eval, --distill, --dry-run: got more than one, expected one")
@@ -143,11 +144,11 @@ def resumed(args: argparse.Namespace, module: ModuleType, Train: type, device: t
         if value != have[name] and name not in RESUMABLE:
             raise UserError(f"--resume: {name} is {have[name]} in {file}, but {value} was asked for; "
                             "leave the flag out, or start another --out")
+    if asked.get("steps", state.step) < state.step:
+        raise UserError(f"--steps: got {asked['steps']}, but {file} holds step {state.step}; ask for more")
     for name in ("steps", "seed"):
         if name in asked and asked[name] != have[name]:
             warn(f"{name} was {have[name]} and is {asked[name]} from step {state.step} on")
-    if asked.get("steps", state.step) < state.step:
-        raise UserError(f"--steps: got {asked['steps']}, but {file} holds step {state.step}; ask for more")
     state.precision = resumed_precision(args.precision, state.precision, device)
     changed = {name: asked[name] for name in RESUMABLE if name in asked}
     train = absolute_data(dataclasses.replace(train, **changed))

@@ -66,8 +66,11 @@ TABLES = {
         Row("AF", OURS, samples=(GUIDED,)),
         Row("AF + one-step student", distill="AF", samples=(GUIDED,)),
     ],
-    "fig6": [Row(f"K_I = {K}", f"{OURS} --informative-mixtures {K}", samples=(PLAIN, GUIDED)) for K in (1, 4, 8, 32)]
-    + [Row(f"d_I = {d}", f"{OURS} --informative-dim {d}", samples=(PLAIN, GUIDED)) for d in (2, 4, 8, 12)],
+    "fig6": [
+        *(Row(f"K_I = {K}", f"{OURS} --informative-mixtures {K}", samples=(PLAIN, GUIDED)) for K in (1, 4, 32)),
+        Row("K_I = 8, d_I = 8", OURS, samples=(PLAIN, GUIDED)),
+        *(Row(f"d_I = {d}", f"{OURS} --informative-dim {d}", samples=(PLAIN, GUIDED)) for d in (2, 4, 12)),
+    ],
     "guidance": [Row("all", OURS, samples=tuple((f"w = {w}", f"--guidance {w}") for w in (0, 0.5, 1, 1.5, 2, 3, 4)))],
     "denoise": [
         Row("all", OURS, samples=(

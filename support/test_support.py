@@ -27,10 +27,10 @@ import farmer
 import fid
 import sample
 import train
-from conftest import REPOSITORY, SMALL_FLAGS, command, fails, same_weights, weights
 from support import cli, distributed, run, start
 from support.checkpoint import load, save
 from support.cli import UserError, check_writable, run_script, write_file, write_json
+from support.conftest import REPOSITORY, SMALL_FLAGS, command, fails, same_weights, weights
 from support.data import digits
 from support.loader import batches
 from support.run import RunState, StopSignals, load_run, run_directory

@@ -12,7 +12,7 @@ import train
 from support.cli import run_script
 from support.data import digits
 
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_FLAGS = ["--flow-blocks", "2", "--flow-width", "32", "--ar-layers", "1", "--ar-width", "32", "--head-dim", "16",
                "--informative-mixtures", "2", "--batch-size", "8", "--precision", "float32", "--log-every", "5",
                "--sample-every", "0", "--val-every", "0", "--workers", "0", "--device", "cpu"]
