@@ -37,6 +37,7 @@ from support.conftest import (  # noqa: F401  (fixtures among them)
     fails,
     same_weights,
     small_run,
+    succeeds,
     tiny_data,
     torchrun,
     weights,
@@ -771,7 +772,7 @@ def test_resume_after_kill_is_the_same_run_to_the_bit(tmp_path, tiny_data):
     torch.set_num_threads(1)  # as in the other processes: rounding depends on it
     train.main(["--out", str(tmp_path / "a"), *map(str, flags)])
     torch.set_num_threads(threads)
-    assert process.wait() == 0, process.stdout.read()
+    succeeds(process)
     assert time.time() < deadline
     assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     a, b = logged(tmp_path / "a"), logged(tmp_path / "b")
@@ -885,8 +886,7 @@ def in_two_processes(tmp_path_factory, tiny_data, digits_run) -> Path:
     (place / "driver.py").write_text(DRIVER)
     process = torchrun(place / "driver.py", json.dumps(jobs), PYTHONPATH=str(REPOSITORY))
     train.main(["--out", str(place / "one"), "--data", str(tiny_data), *TWENTY])
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    succeeds(process)
     return place
 
 

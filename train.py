@@ -27,6 +27,7 @@ from support.checkpoint import named_model
 from support.data import dequantize, image_generators
 from support.distributed import (
     accumulating, join, layers_of, leave, mean_over_processes, parallel, pick_device, prepare_layers,
+    training_precision,
 )
 from support.loader import batches, open_split
 from support.log import Clock, Log, Means
@@ -191,9 +192,8 @@ def train_model(args, name: str, module, device: torch.device, start: Start) -> 
         model = build_model(name, config, split, train, sigma_at(train, 0), device)
     net = model.distiller() if state.distill else model
     compiling = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
-    prepare_layers(model, compiling, args.checkpointing)
-    if net is not model:
-        prepare_layers(net, compiling, args.checkpointing)
+    for part in {model, net}:
+        prepare_layers(part, compiling, args.checkpointing, dynamic=False)  # lengths are known: a graph for each
     ddp = parallel(net.train(), device, args.fsdp)
     params = [p for p in net.parameters() if p.requires_grad]
     average = Average(params, train.ema) if train.ema else None
@@ -211,7 +211,6 @@ def train_model(args, name: str, module, device: torch.device, start: Start) -> 
     source = batches(split.data, split.indices, global_batch=train.batch_size, start_step=state.step, seed=train.seed,
                      rank=rank, world=world, workers=args.workers, flip=train.flip,
                      images_per_item=getattr(config, "images_per_item", 1))
-    bf16 = state.precision == "bfloat16"
     means, norm_sum, outliers, drawn = Means(), 0.0, 0, False
     clock = Clock(state.step)
 
@@ -231,7 +230,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start) -> 
                 y = dropped(labels[part], uid[part], train, config).to(device, non_blocking=True)
                 x = dequantize(x, train.noise, sigma, image_generators(train.seed, uid[part].tolist(), device))
                 generators = image_generators(train.seed + 1, uid[part].tolist(), device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16), accumulating(ddp, i + 1 < accumulate):
+                with training_precision(device, state.precision), accumulating(ddp, i + 1 < accumulate):
                     terms = ddp(x, y, generators)
                     mean = terms["loss"].mean() / accumulate
                     mean.backward()

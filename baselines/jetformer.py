@@ -341,9 +341,9 @@ PRESETS = {
 
 _rgb = dict(lr_end=0.0, weight_decay=0.1, guard=0.0, noise="rgb", noise_end=0.0)  # decay: theirs is not scaled by lr
 _paper = dict(_rgb, steps=62_500, batch_size=2048, lr=1e-3, warmup=6250, noise_start=64.0, data="imagenet/train")
-_small = dict(steps=2400, batch_size=32, lr=2e-3, flip=False)
+_small = dict(steps=1600, batch_size=32, lr=2e-3, flip=False, noise="rgb", noise_start=64.0, noise_end=6.0)
 TRAINING = {
-    "digits": dict(_small, noise_end=0.05), "fashion": dict(_small, noise_end=0.03, data="fashion-mnist"),
+    "digits": _small, "fashion": dict(_small, steps=2400, data="fashion-mnist"),
     "cifar10": dict(_rgb, steps=39_000, batch_size=128, lr=3e-4, warmup=3900, noise_start=32.0, data="cifar10"),
     "imagenet256-350m": _paper | dict(enlarge=True), "imagenet256-1.3b": _paper | dict(enlarge=True),
     "table4": farmer.TRAINING["fashion"], "table4-1.1b": farmer.TRAINING["farmer-1.1b-p16"],

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.cli import Parser, Progress, UserError, at_least, check_writable, first_line, run_script, write_file
+from support.cli import Parser, Progress, UserError, at_least, at_most, check_writable, first_line, run_script
+from support.cli import write_file
 
 import numpy as np
 import torch
@@ -142,6 +143,7 @@ def swap(args) -> None:
     model, state = load_run(args.second, torch.device("cpu"))
     config, train = model.config, state.training
     classifier = load_classifier(args.first, args.second, config.channels)
+    path = check_writable("--picture", args.picture) if args.picture else None
     if not hasattr(model, "exchange"):
         raise UserError(f"{args.second}: {model.model_name} has no exchange() of parts of its latents, as farmer has")
     split = open_split(train["data"], config.image_size, config.channels, train["holdout"], train["enlarge"])
@@ -155,9 +157,9 @@ def swap(args) -> None:
         swapped = model.exchange(x, part, order)
         error, right = (swapped - x).clamp(-2, 2).square().mean(), read_right(classifier, quantize(swapped), labels)
         print(f"{name:8s} permuted: MSE {float(error):.3f}, {100 * right:.1f}% read right")
-    if args.picture:
+    if path:
         picture = exchanged_pairs(model, x[:2 * (len(x) // 2)][:20])
-        write_file(check_writable("--picture", args.picture), lambda f: picture.save(f, "PNG"))
+        write_file(path, lambda f: picture.save(f, "PNG"))
 
 
 def exchanged_pairs(model, x: Tensor) -> Image.Image:
@@ -185,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", metavar="X.png", help="swap: also pairs of real images with Z_R exchanged")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     args = parser.parse_args(argv)
+    at_most(args, noise=10)
     at_least(args, noise=0, epochs=1, holdout=0, image_size=1, num=1, seed=0)
     if args.action in ("read", "swap"):
         return dict(read=read, swap=swap)[args.action](args)

@@ -41,6 +41,16 @@ def torchrun(*argv, **env) -> subprocess.Popen:
                    "--rdzv-endpoint=localhost:0", *argv, **env)
 
 
+def succeeds(process: subprocess.Popen) -> str:
+    """What a process has printed, once it has ended well; one that hangs is ended."""
+    try:
+        output = process.communicate(timeout=300)[0]
+    finally:
+        process.terminate()  # torchrun takes its processes along
+    assert process.returncode == 0, output
+    return output
+
+
 def weights(path: Path) -> dict:
     return torch.load(path / "ckpt.pt", weights_only=True)["weights"]
 

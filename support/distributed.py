@@ -140,6 +140,23 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if bf16_is_fast(device) else "float32"
 
 
+@contextlib.contextmanager
+def training_precision(device: torch.device, precision: str):
+    """A training pass, forward and backward: autocast where precision is bfloat16.
+
+    What autocast leaves in float32 (the flow's and the mixtures' heads) may then use a GPU's TF32; evaluation, inverse
+    and sampling, outside, never do.
+    """
+    bf16 = precision == "bfloat16"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = bf16
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def resumed_precision(name: str, trained: str, device: torch.device) -> str:
     """The precision that a run goes on in: the one it was trained in, unless another is given.
 
@@ -165,6 +182,8 @@ def prepare_layers(module: nn.Module, compiling: bool, checkpointing: bool, **op
     if compiling:  # the limit counts graphs per code object, shared by all layers of a class, widths and modes
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in layers_of(module):
+        if "forward" in vars(layer):  # prepared already
+            continue
         if compiling:
             layer.forward = torch.compile(layer.forward, **options)
         if checkpointing:

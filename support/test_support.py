@@ -620,3 +620,14 @@ def test_options_for_models_that_lack_what_they_need(tmp_path, tiny_data, capsys
     train.main(small(tmp_path / "a", tiny_data, "--steps", "2", "--holdout", "1"))
     fails(capsys, train, ["--eval", tmp_path / "a"], "no likelihood")
     assert start.first_preset(farmer) == "tiny"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_tf32_is_for_training_passes_alone(precision):
+    """And only where that is in bfloat16; also after an error."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(ZeroDivisionError), distributed.training_precision(CPU, precision):
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "bfloat16")
+        assert torch.is_autocast_enabled("cpu") == (precision == "bfloat16")
+        raise ZeroDivisionError
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.is_autocast_enabled("cpu")
