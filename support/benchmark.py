@@ -83,7 +83,7 @@ def random_model(name: str, config, device: torch.device) -> nn.Module:
 
 
 def opponent(against: str, first: Subject, device: torch.device) -> Subject:
-    """MODEL: all sizes that its Config shares with the first model's are as there; MODEL:PRESET: those of the images.
+    """MODEL: all numbers that its Config shares with the first model's are as there; MODEL:PRESET: those of the images.
 
     Guidance, which doubles the work, is as there too.
     """
@@ -92,7 +92,7 @@ def opponent(against: str, first: Subject, device: torch.device) -> Subject:
     if preset and preset not in module.PRESETS:
         raise UserError(f"--against: {name} has no preset {preset!r}; expected {', '.join(module.PRESETS)}")
     other = module.PRESETS[preset or first_preset(module)]
-    same = [f.name for f in dataclasses.fields(other) if f.name != "sampling" and hasattr(config, f.name)]
+    same = [f.name for f in dataclasses.fields(other) if f.type is int and hasattr(config, f.name)]
     if preset:
         same = [field for field in same if field in ("image_size", "channels", "num_classes", "patch_size")]
     other = dataclasses.replace(other, **{field: getattr(config, field) for field in same})

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -83,7 +84,8 @@ def named_model(argv: list[str] | None) -> tuple[str, ModuleType]:
         raise UserError(str(e)) from None
     for path in arguments if name is None else []:
         if is_checkpoint(path):
-            with contextlib.suppress(UserError):  # not a checkpoint, or broken: loading it will say so
+            # another kind of file, or a broken one: loading it will say so
+            with contextlib.suppress(UserError), warnings.catch_warnings(action="ignore"):
                 name = read_checkpoint(checkpoint_path(path), mmap=True)["model"]
                 break
     name = DEFAULT_MODEL if name is None else name

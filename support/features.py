@@ -319,7 +319,7 @@ def feature_rows(batches: Iterable[Batch], num: int, network, source: str, devic
     for indices, images in batches:
         if not len(indices):
             continue
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey becomes RGB
+        x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey becomes RGB
         with torch.inference_mode():
             h = network(x.to(device)).cpu()
         finite = h.isfinite().all(1)

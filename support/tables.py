@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Queue
 
-from support.cli import Parser, UserError, at_least, run_script, write_json
+from support.cli import Parser, UserError, at_least, run_script, warn, write_json
 
 RESULTS, RUNS = REPOSITORY / "results", REPOSITORY / "runs" / "tables"
 DATA, TEST = "fashion-mnist", "fashion-mnist:test"
@@ -305,6 +305,9 @@ def run_table(args, seeds: list[int]) -> None:
         core = cores.get()
         try:
             results = score_row(args.table, row, seed, args.minutes, core)
+        except UserError as e:  # the other rows go on
+            warn(f"{row.name}, seed {seed}: {e}")
+            return
         finally:
             cores.put(core)
         with (RESULTS / f"{args.table}.jsonl").open("a") as file:
