@@ -40,9 +40,10 @@ SAMPLES = 2000
 # ------------------------------------------------------------------------------------------ the tables
 @dataclass(frozen=True)
 class Row:
-    """A training run, given by its flags or the name of another row that it shares it with, and the ways to sample."""
+    """A training run, by its flags, or by the row or the checkpoint that it shares; and the ways to sample from it."""
     name: str
     train: str = ""
+    checkpoint: str = ""
     same_as: str = ""
     samples: tuple[tuple[str, str], ...] = (("", ""),)  # (name, flags of sample.py)
     distill: str = ""  # a row whose student this is
@@ -71,16 +72,20 @@ TABLES = {
         Row("K_I = 8, d_I = 8", OURS, samples=(PLAIN, GUIDED)),
         *(Row(f"d_I = {d}", f"{OURS} --informative-dim {d}", samples=(PLAIN, GUIDED)) for d in (2, 4, 12)),
     ],
-    "guidance": [Row("all", OURS, samples=tuple((f"w = {w}", f"--guidance {w}") for w in (0, 0.5, 1, 1.5, 2, 3, 4)))],
+    "guidance": [
+        Row("assets/fashion.pt", checkpoint="assets/fashion.pt",
+            samples=tuple((f"w = {w}", f"--guidance {w}") for w in (0, 0.5, 1, 1.5, 2, 3, 4))),
+    ],
     "denoise": [
-        Row("all", OURS, samples=(
+        Row("assets/fashion.pt", checkpoint="assets/fashion.pt", samples=(
             ("w = 0, off", "--guidance 0 --denoise 0"), ("w = 0, on", "--guidance 0 --denoise 0.03"),
             ("w = 1, off", "--guidance 1 --denoise 0"), ("w = 1, on", "--guidance 1 --denoise 0.03"),
         )),
     ],
     "pool": [
-        Row("all", OURS, samples=(("shared", "--guidance 1 --redundant-pool shared"),
-                                  ("per token", "--guidance 1 --redundant-pool per_token"))),
+        Row("assets/fashion.pt", checkpoint="assets/fashion.pt", samples=(
+            ("shared", "--guidance 1 --redundant-pool shared"),
+            ("per token", "--guidance 1 --redundant-pool per_token"))),
     ],
     "peers": [
         Row("FARMER", OURS, samples=(PLAIN, GUIDED)),
@@ -180,6 +185,8 @@ def scores(samples: str, core: int) -> dict:
 def trained(table: str, row: Row, seed: int, minutes: float, core: int) -> Path:
     """The run directory of a row, trained, resumed or found finished."""
     rows = {r.name: r for r in TABLES[table]}
+    if row.checkpoint:
+        return REPOSITORY / row.checkpoint
     if row.same_as:
         return trained(table, rows[row.same_as], seed, minutes, core)
     flags = ["--resume", "--sample-every", "0", "--workers", "0"]
@@ -202,18 +209,18 @@ def trained(table: str, row: Row, seed: int, minutes: float, core: int) -> Path:
 def score_row(table: str, row: Row, seed: int, minutes: float, core: int) -> list[dict]:
     """The result objects of a row and seed: one for each way to sample, or one with the likelihood."""
     out = trained(table, row, seed, minutes, core)
-    last = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    line = next(r for r in reversed(last) if "grad_norm" in r)
-    seconds = json.loads((out / "done.json").read_text())["seconds"]
-    how = row.train or row.same_as or f"--distill {row.distill}"
-    base = dict(row=row.name, seed=seed, train=how, minutes=minutes, steps=line["step"], machine=machine(),
-                train_seconds=seconds)
+    how = row.train or row.same_as or row.checkpoint or f"--distill {row.distill}"
+    base = dict(row=row.name, seed=seed, train=how, minutes=minutes, machine=machine())
+    if not row.checkpoint:
+        last = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        base["steps"] = next(line["step"] for line in reversed(last) if "grad_norm" in line)
+        base |= {f"train_{name}": value for name, value in json.loads((out / "done.json").read_text()).items()}
     if not row.samples:
         report = json.loads(run(["train.py", "--eval", str(out), "--data", TEST], core)[0])
         return [base | {k: report[k] for k in ("nats_per_dim", "bits_per_dim", "bits_standard_error") if k in report}]
     results = []
     for name, flags in row.samples:
-        file = out / "samples.npz"
+        file = RUNS / f"samples-{os.getpid()}-{core}.npz"
         _, seconds, _ = run(["sample.py", str(out), "--num", str(SAMPLES), "--seed", "1", "--out", str(file),
                              *flags.split()], core)
         made = base | dict(sampling=name, flags=flags, samples_per_s=SAMPLES / seconds)
@@ -314,7 +321,7 @@ def run_table(args, seeds: list[int]) -> None:
             file.writelines(json.dumps(r) + "\n" for r in results)
         print(f"{args.table}: {row.name}, seed {seed}: {results[-1]}", flush=True)
 
-    for own_run in (True, False):  # then the rows that reuse a run or distil one
+    for own_run in (True, False):  # then the rows that reuse a run, distil one, or train nothing
         todo = [(row, seed) for seed in seeds for row in rows if bool(row.train) == own_run]
         todo = [(row, seed) for row, seed in todo if (row.name, seed, args.minutes) not in have]
         with ThreadPoolExecutor(args.jobs) as pool:
