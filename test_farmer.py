@@ -176,6 +176,18 @@ def test_changing_a_token_never_changes_parameters_at_or_before_it(look_above):
         assert (change[:j + 1] == 0).all() and (change[j + 1:] > 0).all() and (r_a.mu != r_b.mu).all()
 
 
+def test_look_above_reads_the_token_above_the_one_that_is_predicted():
+    """On a grid of 4 x 4, row i of the embedding predicts token i + 1: it reads token i and the one above i + 1."""
+    torch.manual_seed(0)
+    embed = farmer.TokenEmbedding(dataclasses.replace(SMALL, look_above=True), 12, 32)
+    x, every = torch.randn(1, 16, 12), torch.arange(16)
+    for j in range(16):
+        y = x.clone()
+        y[:, j] += 1
+        changed = (embed(x, every) != embed(y, every)).any(-1)[0].nonzero().flatten().tolist()
+        assert changed == [i for i in (j, j + 3) if i < 16]
+
+
 @pytest.mark.parametrize("look_above", [False, True])
 @pytest.mark.parametrize("static", [False, True], ids=["sliced", "static"])
 def test_cached_steps_equal_the_teacher_forced_parameters(look_above, static):

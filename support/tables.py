@@ -8,8 +8,7 @@ A row is a training run (or reuses one) and one or more ways to sample from it. 
 --minutes of one core hold; these are measured once, as processor time, and kept in results/steps.json, so that a row
 that is run again is the same run. Each result is one JSON object, a line of results/TABLE.jsonl: row, seed, settings,
 machine, times, scores of 2,000 samples against the test split. FD, precision and recall are in the features of a
-classifier that is fitted on the training split without noise; "read right" is by one fitted with noise, since samples
-carry some.
+classifier that is fitted on the training split without noise; it also reads the samples' labels.
 """
 # ruff: noqa: E402  (the scripts' folder has to be found first)
 import sys
@@ -160,23 +159,22 @@ def probe(row: Row, steps: int, core: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------ scores
-def classifier(noise: float, core: int) -> Path:
-    """The small CNN of support/classifier.py, fitted once on the training split."""
-    file = RUNS / f"classifier-{noise:g}.pt"
+def classifier(core: int) -> str:
+    """The small CNN of support/classifier.py, fitted once on the training split; without noise: an FD has to see it."""
+    file = RUNS / "classifier.pt"
     if not file.exists():
-        flags = ["--image-size", "28", "--noise", f"{noise:g}"]
-        out, _, _ = run(["support/classifier.py", "fit", DATA, str(file), *flags], core)
+        out, _, _ = run(["support/classifier.py", "fit", DATA, str(file), "--noise", "0"], core)
         print(out.strip(), flush=True)
-    return file
+    return str(file)
 
 
 def scores(samples: str, core: int) -> dict:
     """FD, precision, recall of an .npz (or any data) against the test split, and the part that is read as its label."""
-    report = run(["fid.py", samples, TEST, "--features", str(classifier(0, core)), "--json", "--workers", "0"], core)[0]
+    report = run(["fid.py", samples, TEST, "--features", classifier(core), "--json", "--workers", "0"], core)[0]
     report = json.loads(report)
     result = dict(fd=report["fd"], precision=report["precision"], recall=report["recall"], images=report["num_samples"])
     if samples.endswith(".npz"):
-        read = run(["support/classifier.py", "read", str(classifier(0.1, core)), samples], core)[0]
+        read = run(["support/classifier.py", "read", classifier(core), samples], core)[0]
         result["read_right"] = float(read.split(":")[1].split("%")[0])
     return result
 
@@ -304,6 +302,7 @@ def run_table(args, seeds: list[int]) -> None:
     """Runs what is not in results/TABLE.jsonl yet; rows that share a training run after those that make one."""
     have = {(r["row"], r["seed"], r["minutes"]) for r in read_results(args.table)}
     rows = [row for row in TABLES[args.table] if not args.rows or args.rows in row.name]
+    classifier(args.first_core)  # before two jobs both want it
     cores: Queue[int] = Queue()
     for job in range(args.jobs):
         cores.put(args.first_core + job)
