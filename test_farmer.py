@@ -1180,6 +1180,14 @@ def test_files_are_as_short_as_promised():
             assert len(line) <= 120, f"{path}:{number}"
 
 
+@pytest.mark.parametrize("name", ["farmer", "baselines.arflow", "baselines.jetformer", "baselines.tarflow"])
+def test_every_preset_has_settings_that_train_py_takes(name):
+    module = model_file(name)
+    assert module.TRAINING.keys() == module.PRESETS.keys()
+    for settings in module.TRAINING.values():
+        train.Train(**settings)
+
+
 # ------------------------------------------------------------------------------------------ the seam, and forks
 def python_files(text: str) -> dict[str, str]:
     """The Python blocks of a Markdown text that begin with a file's name, as name -> content."""

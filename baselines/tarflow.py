@@ -242,7 +242,7 @@ TRAINING = {
     "digits": _short,
     "fashion": dict(_short, data="fashion-mnist"),
     "cifar10": dict(steps=2000, noise="uniform", weight_decay=1e-4, holdout=500, data="cifar10"),
-    "imagenet64-bits": dict(_long, steps=500_000, noise="uniform", flip=False, precision="float32"),
+    "imagenet64-bits": dict(_long, steps=500_000, noise="uniform", flip=False),  # theirs in float32: --precision
     "imagenet64-free": dict(_long, steps=1_000_000, noise_start=0.05, noise_end=0.05),
     "imagenet64": dict(_long, steps=1_000_000, noise_start=0.05, noise_end=0.05),
     "imagenet128": dict(_long, steps=534_000, batch_size=768, warmup=1700, noise_start=0.15, noise_end=0.15),
