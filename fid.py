@@ -213,7 +213,7 @@ def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
     cli.add_fields(p.add_argument_group("sampling, with --num (unless given: as the checkpoint has it)"), sampling)
     args = p.parse_intermixed_args(argv)  # REFERENCE may follow a flag
     cli.at_least(args, num=2, batch_size=1, workers=0, seed=0)
-    cli.at_most(args, workers=1000)
+    cli.at_most(args, workers=1000, seed=2**63 - 1)
     settings = cli.given(args, sampling)
     if settings and args.num is None:
         raise UserError(f"{cli.flag_of(next(iter(settings)))} is a setting of sampling: give it together with --num")

@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 sample.py runs/tiny -n 50000 --out samples.npz    # -n: torchrun stumbles over --num
 """
 # ruff: noqa: I001  (support.cli comes before torch: Ctrl-C during that import is then no traceback)
-from support.cli import Parser, Progress, UserError, add_fields, at_least, check_memory, check_writable, duration, given
-from support.cli import run_script, write_file
+from support.cli import Parser, Progress, UserError, add_fields, at_least, at_most, check_memory, check_writable
+from support.cli import duration, given, run_script, write_file
 
 import dataclasses
 import math
@@ -39,6 +39,7 @@ def parse(argv: list[str] | None):
     add_fields(parser.add_argument_group(f"sampling from {name} (default: as in the checkpoint)"), module.Sampling)
     args = parser.parse_args(argv)
     at_least(args, num=1, batch_size=1, seed=0)
+    at_most(args, seed=2**63 - 1)
     if not args.out.endswith((".png", ".npz")):
         raise UserError(f"--out: got {args.out}, expected a name that ends in .png or .npz")
     if args.sweep and not args.out.endswith(".png"):
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         write_file(out, lambda f: drawn.save(f, "PNG"))
     else:
         write_file(out, lambda f: np.savez(f, images=images, labels=np.array(labels)[indices], **log_p))
-    if args.log_prob:
+    if args.log_prob and len(images):
         drawn = extremes(images, log_p)
         write_file(out.with_suffix(".png"), lambda f: drawn.save(f, "PNG"))
     guidance = getattr(options, "guidance", 0)

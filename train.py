@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=8 train.py --preset farmer-1.1b-p16 --data imagenet/train
 """
 # ruff: noqa: I001  (support.cli comes before torch: Ctrl-C during that import is then no traceback)
-from support.cli import Parser, UserError, add_fields, duration, given, run_script, warn
+from support.cli import Parser, UserError, add_fields, duration, expanded, given, run_script, warn
 
 import dataclasses
 import json
@@ -33,8 +33,8 @@ from support.loader import batches, open_split
 from support.log import Clock, Log, Means
 from support.run import Average, Diverged, Run, StopSignals, load_run, look, restore, run_directory, saving_on_error
 from support.sampling import bits_per_dim, evaluate
-from support.start import Start, add_run_flags, build_model, check_processes, check_run_flags, dry_run, first_preset
-from support.start import open_data, settings, start_run
+from support.start import Start, add_run_flags, build_model, check_processes, check_run_flags, check_terms, dry_run
+from support.start import first_preset, open_data, preset_settings, settings, start_run
 
 
 # ------------------------------------------------------------------------------------------ settings
@@ -120,7 +120,7 @@ def optimizers(net: torch.nn.Module, train: Train) -> list[torch.optim.Optimizer
 # ------------------------------------------------------------------------------------------ command line
 def parse(argv: list[str] | None, name: str, module):
     first = first_preset(module)
-    shown = dataclasses.replace(Train(), **module.TRAINING.get(first, {}))
+    shown = preset_settings(Train, module, first)
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--model", default=name, metavar="NAME", help="the model's file (default: farmer)")
     parser.add_argument("--preset", choices=module.PRESETS, help=f"model and training settings (default: {first})")
@@ -146,7 +146,7 @@ def evaluate_run(args, module, device: torch.device) -> None:
                         "all else is as in its checkpoint")
     model, state = load_run(args.eval, device)
     train = settings(Train, state.training, args.eval)
-    other = args.data is not None and Path(args.data).expanduser().resolve() != Path(train.data).resolve()
+    other = args.data is not None and expanded(args.data).resolve() != Path(train.data).resolve()
     train = dataclasses.replace(train, **({"holdout": 0} if other else {}), **given(args, Train))
     c = model.config
     size = (c.image_size, c.channels)
@@ -232,6 +232,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start) -> 
                 generators = image_generators(train.seed + 1, uid[part].tolist(), device)
                 with training_precision(device, state.precision), accumulating(ddp, i + 1 < accumulate):
                     terms = ddp(x, y, generators)
+                    check_terms(terms, len(x))
                     mean = terms["loss"].mean() / accumulate
                     mean.backward()
                 means.add(terms)

@@ -21,13 +21,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from support.cli import UserError, check_memory, first_line, write_file
+from support.cli import UserError, check_memory, expanded, first_line, write_file
 
 FORMAT, VERSION = "farmer-checkpoint", 2
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "farmer"
 NOT_MODELS = ("train", "sample", "fid", "support")
 SEAM = ("Config", "Sampling", "PRESETS", "TRAINING", "Model")
+CONFIG = ("image_size", "channels", "num_classes", "sampling")  # fields that every Config has
 
 
 # ------------------------------------------------------------------------------------------ a model's file
@@ -38,7 +39,7 @@ def model_file(name: str) -> ModuleType:
     """
     parts = name.split(".") if isinstance(name, str) else []
     plain = bool(parts) and all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in parts)
-    if not plain or parts[0] in NOT_MODELS:
+    if not plain or parts[0] in NOT_MODELS or parts[0] in sys.stdlib_module_names:
         raise UserError(f"--model: got {name!r}, expected the name of a model's file: farmer, baselines.tarflow, ...")
     tried = [folder.joinpath(*parts).with_suffix(".py") for folder in (REPOSITORY, Path.cwd())]
     file = next((f for f in tried if f.is_file()), None)
@@ -51,7 +52,22 @@ def model_file(name: str) -> ModuleType:
     missing = [part for part in SEAM if not hasattr(module, part)]
     if missing:
         raise UserError(f"--model {name}: {file} defines no {', '.join(missing)}; it needs {', '.join(SEAM)}")
+    check_seam(module, f"--model {name}")
     return module
+
+
+def check_seam(module: ModuleType, who: str) -> None:
+    """Raises UserError where what a model's file defines is not what the scripts expect."""
+    Config, Sampling, presets, training = module.Config, module.Sampling, module.PRESETS, module.TRAINING
+    if not dataclasses.is_dataclass(Config) or not dataclasses.is_dataclass(Sampling):
+        raise UserError(f"{who}: Config and Sampling must be dataclasses")
+    missing = set(CONFIG) - {f.name for f in dataclasses.fields(Config)}
+    if missing:
+        raise UserError(f"{who}: Config has no field {', '.join(sorted(missing))}; it needs {', '.join(CONFIG)}")
+    if not isinstance(presets, dict) or not presets or not all(isinstance(c, Config) for c in presets.values()):
+        raise UserError(f"{who}: PRESETS must be a dict of names and Configs, the first being the default")
+    if not isinstance(training, dict) or not training.keys() <= presets.keys():
+        raise UserError(f"{who}: TRAINING must be a dict whose names are those of PRESETS ({', '.join(presets)})")
 
 
 def import_file(name: str, file: Path) -> ModuleType:
@@ -64,7 +80,7 @@ def import_file(name: str, file: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         del sys.modules[name]
         raise UserError(f"--model {name}: {file} fails ({type(e).__name__}: {first_line(e)})") from e
     return module
@@ -106,7 +122,7 @@ def build(name: str, config) -> nn.Module:
 # ------------------------------------------------------------------------------------------ checkpoints
 def checkpoint_path(path: str | Path) -> Path:
     """A checkpoint file, or a run's directory that holds ckpt.pt -> the file. Raises UserError when there is none."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such checkpoint; expected a run's directory or a .pt file written by train.py")
@@ -115,8 +131,11 @@ def checkpoint_path(path: str | Path) -> Path:
 
 def is_checkpoint(path: str) -> bool:
     """A run's directory, or a file that looks like a checkpoint by its name."""
-    path = Path(path).expanduser()
-    return (path / "ckpt.pt").is_file() or (path.suffix == ".pt" and path.is_file())
+    path = expanded(path)
+    try:
+        return (path / "ckpt.pt").is_file() or (path.suffix == ".pt" and path.is_file())
+    except (OSError, ValueError):  # too long for a name, or no name at all: some flag's value
+        return False
 
 
 def save(path: str | Path, model: nn.Module, **extra) -> None:

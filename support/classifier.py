@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.cli import Parser, Progress, UserError, at_least, at_most, check_writable, first_line, run_script
-from support.cli import write_file
+from support.cli import expanded, write_file
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ def fit(args, split: Split, out: Path) -> None:
 def load_classifier(path: str, other: str, channels: int | None) -> nn.Module:
     """A network that `fit` wrote. Raises UserError for other files, and where it does not read what `other` holds."""
     try:
-        model = torch.jit.load(Path(path).expanduser()).eval()
+        model = torch.jit.load(expanded(path)).eval()
         reads = int(model.channels)
     except (RuntimeError, ValueError, OSError, AttributeError) as e:
         raise UserError(f"{path}: not a classifier ({first_line(e)}); make one: classifier.py fit DATA {path}") from e
@@ -188,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     args = parser.parse_args(argv)
     at_most(args, noise=10)
+    at_most(args, seed=2**63 - 1)
     at_least(args, noise=0, epochs=1, holdout=0, image_size=1, num=1, seed=0)
     if args.action in ("read", "swap"):
         return dict(read=read, swap=swap)[args.action](args)

@@ -88,11 +88,14 @@ def flag_of(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def value_type(field: dataclasses.Field) -> type:
-    """The type of a field's values: int for `int` and for `int | None`."""
-    if isinstance(field.type, types.UnionType):
-        return next(t for t in typing.get_args(field.type) if t is not types.NoneType)
-    return field.type
+def value_types(cls: type) -> dict[str, type]:
+    """The type of each field's values: int for `int` and for `int | None`, also where annotations are strings."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if isinstance(kind, types.UnionType):
+            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        found[name] = kind
+    return found
 
 
 def add_fields(group, cls: type, defaults=None) -> None:
@@ -101,8 +104,9 @@ def add_fields(group, cls: type, defaults=None) -> None:
     defaults: an instance whose values are shown instead of the class's. Fields that are dataclasses get no flag.
     Raises UserError where a field has the name of a flag that the parser has already.
     """
+    kinds = value_types(cls)
     for f in dataclasses.fields(cls):
-        kind = value_type(f)
+        kind = kinds[f.name]
         if dataclasses.is_dataclass(kind):
             continue
         default = f.default if defaults is None else getattr(defaults, f.name)
@@ -171,12 +175,17 @@ def duration(seconds: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------ files
+def expanded(path: str | Path) -> Path:
+    """The path with ~ as the home directory; ~nobody stays as it is, where Path.expanduser raises."""
+    return Path(os.path.expanduser(path))
+
+
 def write_file(path: str | Path, write: Callable) -> None:
     """write(binary file object) into a temporary file that then takes the name `path`: never a half-written result.
 
     Raises UserError when that cannot be done; an older file of that name is then untouched.
     """
-    path, temporary = Path(path).expanduser(), None
+    path, temporary = expanded(path), None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as f:
@@ -206,7 +215,7 @@ def current_umask() -> int:
 
 def check_writable(flag: str, path: str | Path) -> Path:
     """The path, ~ expanded, after a look that a file can be made there: before the work, not after it."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         raise UserError(f"{flag}: got {path}, which is a directory; expected the name of a file")
     if not path.parent.is_dir():
@@ -230,5 +239,6 @@ def check_memory(needed: float, what: str) -> None:
         return  # Windows: unknown
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > have:
+        needed = min(needed, 2**80)  # larger ones do not even fit a float
         raise UserError(f"{what} needs about {needed / 2**30:,.1f} GiB of memory and this machine has "
                         f"{have / 2**30:,.1f} GiB; choose smaller sizes")

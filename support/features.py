@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from support.checkpoint import is_checkpoint
-from support.cli import Progress, UserError, first_line, warn, write_file
+from support.cli import Progress, UserError, expanded, first_line, warn, write_file
 from support.data import Images, open_images
 from support.distributed import gather, max_over_processes, rank_and_world, share
 from support.inception import WEIGHTS_SHA256, Inception, file_digest
@@ -32,7 +32,7 @@ class ScriptFeatures:
     """
 
     def __init__(self, path: str, device: torch.device):
-        file = Path(path).expanduser()
+        file = expanded(path)
         self.name = file.name
         try:
             self.digest = file_digest(file)
@@ -156,7 +156,7 @@ class Side:
 
 def read_statistics(path: str) -> tuple[Side | None, bool]:
     """The statistics in `path`, None when it is not an .npz that has them, and whether it has images (too)."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.suffix.lower() != ".npz" or not file.is_file():
         return None, True
     try:

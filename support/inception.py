@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.cli import Progress, UserError, cache_directory, write_file
+from support.cli import Progress, UserError, cache_directory, expanded, write_file
 from support.processes import one_at_a_time
 
 WEIGHTS_URL = (
@@ -162,7 +162,7 @@ def load_inception(path: str | None = None) -> Inception:
 
     Raises UserError when they are not to be had or are not the ones.
     """
-    file = Path(path).expanduser() if path else cache_directory() / WEIGHTS_URL.rpartition("/")[2]
+    file = expanded(path) if path else cache_directory() / WEIGHTS_URL.rpartition("/")[2]
     if not path and not file.exists():
         download_weights(file)
     try:

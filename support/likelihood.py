@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.cli import Parser, Progress, UserError, at_least, run_script
+from support.cli import Parser, Progress, UserError, at_least, at_most, run_script
 
 import json
 import math
@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     at_least(args, num=2, seed=0)
+    at_most(args, seed=2**63 - 1)
     if args.action == "ood" and len(args.data) != 2:
         raise UserError(f"ood: got {len(args.data)} data sets, expected 2: the model's own and a foreign one")
     if args.action != "ood" and len(args.data) > 1:

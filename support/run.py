@@ -63,6 +63,8 @@ class RunState:
                 raise UserError(f"{path}: its field {name!r} is a {type(value).__name__}, expected "
                                 f"{getattr(expected, '__name__', expected)}")
         state = cls(**extra)
+        if not {"data", "noise", "noise_end", "holdout", "enlarge"} <= state.training.keys():
+            raise UserError(f"{path}: its training settings are incomplete; use an older checkpoint")
         if state.step < 0 or not all(isinstance(n, float) for n in state.norms):
             raise UserError(f"{path}: step {state.step} or the gradient norms make no sense; use an older checkpoint")
         return state
@@ -132,7 +134,7 @@ def run_directory(out: Path, resume: bool):
     if int(os.environ.get("RANK", 0)):
         yield
         return
-    made = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
@@ -150,15 +152,15 @@ def run_directory(out: Path, resume: bool):
                 stale.unlink()
         yield
     except BlockingIOError:
-        made = False
+        made = []
         raise UserError(f"{out}: another process is training there; wait for it, or pass another --out") from None
     finally:
         lock.close()
         if not any((out / name).exists() for name in FILES):
             (out / ".lock").unlink(missing_ok=True)
-            if made:
-                with contextlib.suppress(OSError):
-                    out.rmdir()
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from support.cli import Progress, UserError, value_type, warn
+from support.cli import Progress, UserError, value_types, warn
 from support.data import dequantize, image_generators, quantize
 from support.distributed import gather, prepare_layers, share, sum_over_processes
 
@@ -77,16 +77,18 @@ def parse_sweep(text: str, options) -> dict[str, object]:
     fields = {f.name: f for f in dataclasses.fields(options)}
     if not equals or not values or name not in fields:
         raise UserError(f"--sweep: got {text!r}, expected FIELD=V1,V2,... with a field of {', '.join(fields)}")
+    kind = value_types(type(options))[name]
     try:
-        read = {value: value_type(fields[name])(value) for value in values.split(",")}
+        read = {value: kind(value) for value in values.split(",")}
     except ValueError:
-        raise UserError(f"--sweep: got {text!r}, expected values of type {value_type(fields[name]).__name__}") from None
+        raise UserError(f"--sweep: got {text!r}, expected values of type {kind.__name__}") from None
     return {value: dataclasses.replace(options, **{name: number}) for value, number in read.items()}
 
 
 def check_options(options, extra: dict) -> None:
     """Raises UserError for sampling settings that the training run of a checkpoint's `extra` makes no sense of."""
-    noise = extra.get("training", {}).get("noise", "gaussian")
+    training = extra.get("training")
+    noise = training.get("noise", "gaussian") if isinstance(training, dict) else "gaussian"
     if getattr(options, "denoise", 0) and noise != "gaussian":
         raise UserError(f"--denoise: got {options.denoise}, but this model was trained with {noise} noise: there is no "
                         "gaussian noise of known std to take off; pass --denoise 0")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from support.checkpoint import DEFAULT_MODEL, build, checkpoint_path
-from support.cli import Parser, UserError, at_least, at_most, check_memory, given, warn
+from support.cli import Parser, UserError, at_least, at_most, check_memory, expanded, given, warn
 from support.crops import fingerprint_difference
 from support.data import dequantize, image_generators
 from support.distributed import pick_precision, resumed_precision
@@ -72,9 +72,10 @@ def output_directory(args: argparse.Namespace, name: str, module: ModuleType) ->
     if args.out is not None:
         if not args.out:
             raise UserError("--out: got an empty name; expected a directory")
-        return Path(args.out).expanduser()
+        return expanded(args.out)
     if args.distill is not None:
-        return Path(f"{checkpoint_path(args.distill).resolve().parent}-student")
+        teacher = checkpoint_path(args.distill).resolve()
+        return Path(f"{teacher.parent if teacher.name == 'ckpt.pt' else teacher.with_suffix('')}-student")
     preset = args.preset or first_preset(module)
     return Path("runs", preset if name == DEFAULT_MODEL else f"{name.rpartition('.')[2]}-{preset}")
 
@@ -105,12 +106,30 @@ def fresh(args: argparse.Namespace, module: ModuleType, Train: type, device: tor
     """A new run: the preset's values under the flags'."""
     preset = args.preset or first_preset(module)
     config = dataclasses.replace(module.PRESETS[preset], **given(args, module.Config))
-    train = dataclasses.replace(Train(**module.TRAINING.get(preset, {})), **given(args, Train))
+    train = dataclasses.replace(preset_settings(Train, module, preset), **given(args, Train))
     if getattr(config.sampling, "denoise", 0):  # it takes off the noise that training ends with
         sigma = train.noise_end if train.noise == "gaussian" else 0.0
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, denoise=sigma))
     state = RunState(preset, {}, False, pick_precision(args.precision, device), {})
     return Start(out, config, train, state)
+
+
+def preset_settings(Train: type, module: ModuleType, preset: str):
+    """train.py's settings of a preset: its defaults under those of the model's TRAINING."""
+    try:
+        return Train(**module.TRAINING.get(preset, {}))
+    except TypeError as e:
+        raise UserError(f"{module.__file__}: TRAINING of {preset} is not of train.py's settings ({e})") from None
+
+
+def check_terms(terms: dict, images: int) -> None:
+    """Raises UserError where a model's forward gives something else than a dict of (B,) tensors with a `loss`."""
+    if not isinstance(terms, dict) or "loss" not in terms:
+        raise UserError(f"the model's forward gave {type(terms).__name__}, expected a dict of tensors with a 'loss'")
+    for name, value in terms.items():
+        if not isinstance(value, torch.Tensor) or value.shape != (images,):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"the model's forward gave {name} as {got}, expected ({images},): one number an image")
 
 
 def distilled(args: argparse.Namespace, module: ModuleType, Train: type, device: torch.device, out: Path) -> Start:
@@ -170,7 +189,7 @@ def settings(Train: type, values: dict, path: str | Path):
 
 def absolute_data(train):
     """With the data's path made absolute, so that the run can be resumed from another folder."""
-    path = Path(train.data).expanduser()
+    path = expanded(train.data)
     return dataclasses.replace(train, data=str(path.resolve())) if path.exists() else train
 
 

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Queue
 
-from support.cli import Parser, UserError, at_least, run_script, warn, write_json
+from support.cli import Parser, UserError, at_least, run_script, write_json
 
 RESULTS, RUNS = REPOSITORY / "results", REPOSITORY / "runs" / "tables"
 DATA, TEST = "fashion-mnist", "fashion-mnist:test"
@@ -211,7 +211,7 @@ def score_row(table: str, row: Row, seed: int, minutes: float, core: int) -> lis
     base = dict(row=row.name, seed=seed, train=how, minutes=minutes, machine=machine())
     if not row.checkpoint:
         last = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        base["steps"] = next(line["step"] for line in reversed(last) if "grad_norm" in line)
+        base["steps"] = max((line["step"] for line in last), default=0)
         base |= {f"train_{name}": value for name, value in json.loads((out / "done.json").read_text()).items()}
     if not row.samples:
         report = json.loads(run(["train.py", "--eval", str(out), "--data", TEST], core)[0])
@@ -229,8 +229,20 @@ def score_row(table: str, row: Row, seed: int, minutes: float, core: int) -> lis
 
 # ------------------------------------------------------------------------------------------ the table
 def read_results(table: str) -> list[dict]:
+    """The objects of results/TABLE.jsonl. Raises UserError for a line that is none of ours."""
     file = RESULTS / f"{table}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    results = []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        try:
+            result = json.loads(line)
+            right = {"row", "seed", "minutes"} <= result.keys()
+            right = right and all(isinstance(result.get(c) or 0, int | float) for c in COLUMNS)
+        except (ValueError, AttributeError):
+            right = False
+        if not right:
+            raise UserError(f"{file}:{number}: not a result of this script; remove that line")
+        results.append(result)
+    return results
 
 
 COLUMNS = {"fd": ("FD", ".2f"), "precision": ("precision", ".2f"), "recall": ("recall", ".2f"),
@@ -302,7 +314,14 @@ def run_table(args, seeds: list[int]) -> None:
     """Runs what is not in results/TABLE.jsonl yet; rows that share a training run after those that make one."""
     have = {(r["row"], r["seed"], r["minutes"]) for r in read_results(args.table)}
     rows = [row for row in TABLES[args.table] if not args.rows or args.rows in row.name]
+    if not rows:
+        names = ", ".join(row.name for row in TABLES[args.table])
+        raise UserError(f"--rows: got {args.rows!r}, expected a part of one of: {names}")
+    last, available = args.first_core + args.jobs - 1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else None
+    if available and last >= available:
+        raise UserError(f"--first-core, --jobs: core {last} is asked for, and this machine has 0 to {available - 1}")
     classifier(args.first_core)  # before two jobs both want it
+    failed: list[str] = []
     cores: Queue[int] = Queue()
     for job in range(args.jobs):
         cores.put(args.first_core + job)
@@ -312,7 +331,7 @@ def run_table(args, seeds: list[int]) -> None:
         try:
             results = score_row(args.table, row, seed, args.minutes, core)
         except UserError as e:  # the other rows go on
-            warn(f"{row.name}, seed {seed}: {e}")
+            failed.append(f"{row.name}, seed {seed}: {e}")
             return
         finally:
             cores.put(core)
@@ -326,6 +345,8 @@ def run_table(args, seeds: list[int]) -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             for future in [pool.submit(work, *item) for item in todo]:
                 future.result()
+    if failed:
+        raise UserError(f"{len(failed)} rows failed, the rest is kept: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
