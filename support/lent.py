@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import nn
 
 from support.checkpoint import REPOSITORY
 from support.cli import UserError
+from support.data import digits
 from support.measure import in_words
 from support.start import first_preset
 
@@ -55,7 +57,7 @@ class Lent:
             print(f"{part}: {failure}", *errors[-30:], sep="\n", file=sys.stderr, flush=True)
             results.append(f"{failure}: {' '.join(errors[-1:])}")
         elif not values:
-            results = [" ".join(" ".join(lines).split())[-160:]]
+            results = [" ".join(" ".join(lines).split()[-20:])]
         seconds = round(time.monotonic() - start)
         return values or [{}], [{"part": part, "result": result, "s": seconds} for result in results]
 
@@ -64,13 +66,15 @@ def beside_the_paper(row: dict) -> dict:
     return row | {"paper's ms/image": PAPER[row["stage"]]} if row.get("stage") in PAPER else row
 
 
-def smoke(model: tuple[str, ...], folder: Path, compiled: str) -> list[list[tuple]]:
+def smoke(model: tuple[str, ...], config, folder: Path, compiled: str) -> list[list[tuple]]:
     """Each path of the scripts once. The commands of a wave run side by side and need the files of the wave before."""
-    features = folder / "features.pt"
+    data, features = folder / "digits.npz", folder / "features.pt"
+    drawn = digits(100, config.image_size, config.channels, seed=0)
+    np.savez(data, images=drawn.array, labels=drawn.labels)
     torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())).save(features)
     run, other, student, exact, parallel = (folder / n for n in ("run", "other", "run-student", "exact.npz", "p.npz"))
     short = ("--sample-every", 0, "--steps", 2)
-    new = ("train.py", *model, "--batch-size", 8, *short)
+    new = ("train.py", *model, "--data", data, "--batch-size", 8, *short)
     return [
         [("train", *new, "--compile", "off", "--out", run),
          ("train, checkpointing", *new, "--compile", compiled, "--checkpointing", "--out", other)],
@@ -96,7 +100,7 @@ def lent_gpu(args, name: str, module: ModuleType) -> Iterator[dict]:
     model, compiled = ("--model", name, "--preset"), "off" if tiny else "on"
     with tempfile.TemporaryDirectory() as folder:
         # Every path.
-        for wave in smoke((*model, first), Path(folder), compiled):
+        for wave in smoke((*model, first), module.PRESETS[first], Path(folder), compiled):
             with ThreadPoolExecutor() as pool:
                 for _, rows in pool.map(lambda part: lent.run(*part), wave):
                     yield from rows
