@@ -317,9 +317,10 @@ def run_table(args, seeds: list[int]) -> None:
     if not rows:
         names = ", ".join(row.name for row in TABLES[args.table])
         raise UserError(f"--rows: got {args.rows!r}, expected a part of one of: {names}")
-    last, available = args.first_core + args.jobs - 1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else None
-    if available and last >= available:
-        raise UserError(f"--first-core, --jobs: core {last} is asked for, and this machine has 0 to {available - 1}")
+    wanted = set(range(args.first_core, args.first_core + args.jobs))
+    if sys.platform == "linux" and wanted - os.sched_getaffinity(0):
+        raise UserError(f"--first-core, --jobs: cores {sorted(wanted)} are asked for, and this process may use "
+                        f"{sorted(os.sched_getaffinity(0))}")
     classifier(args.first_core)  # before two jobs both want it
     failed: list[str] = []
     cores: Queue[int] = Queue()
