@@ -157,7 +157,8 @@ def stages_of(subject: Subject, batch: int, seed: int, device: torch.device) -> 
 def train(args, made: list[Subject], device: torch.device) -> Iterator[dict]:
     """Rows of the table. MFU counts three forwards in a step, since a backward costs two.
 
-    GiB: weights, gradients, optimizer state and activations at their peak.
+    GiB: weights, gradients, optimizer state and activations at their peak; on a CPU of the first model alone, since
+    freed memory stays with the process.
     """
     precision = pick_precision(args.precision, device)
     peak, work, rows = product_peak(device, precision), {}, {}
@@ -170,8 +171,9 @@ def train(args, made: list[Subject], device: torch.device) -> Iterator[dict]:
         step = work[label] = training_step(model, precision, batch, device)
         start = timed(step, device)
         step()  # the first that has the optimizer's state from its start
+        memory = weights + peak_memory(device) - before if device.type == "cuda" or not rows else None
         rows[label] = {"model": label, "precision": precision, "compiled": args.compiling, "batch": batch,
-                       "GiB": weights + peak_memory(device) - before, "compile s": start}
+                       "GiB": memory, "compile s": start}
     for subject, seconds in zip(made, medians(work, args.repeats, device).values(), strict=True):
         row = rows[subject.label]
         row |= {"images/s": row["batch"] / seconds, "ms/step": 1000 * seconds}
