@@ -332,7 +332,7 @@ def rows(name: str, sit: dict | None = None, **sizes) -> dict[str, Config]:
 # 256 tokens, as the papers' latents of 256 x 256 images have
 _paper = dict(image_size=32, patch_size=2, num_classes=1000, head_dim=64, sampling=Sampling(0.5, "sde", 250))
 PRESETS = {
-    **rows("digits", sampling=Sampling(guidance=1.0)),
+    **rows("digits", sampling=Sampling(guidance=0.5)),
     **rows("fashion", image_size=28, channels=1, sampling=Sampling(guidance=1.0)),
     **rows("cifar10", image_size=32, layers=8, width=256, head_dim=64, sampling=Sampling(guidance=1.0)),
     **rows("S", **_paper, layers=12, width=384),
@@ -344,6 +344,6 @@ _small = dict(noise="none", ema=0.9999, optimizer="muon", lr=1e-2, batch_size=40
 _arflow = dict(noise="none", ema=0.9999, lr=1e-4, lr_end=1.0, warmup=0, weight_decay=0.02, clip=3.0, batch_size=40,
                data="imagenet/train", enlarge=True, steps=400_000)  # 40: eight items, their script's default
 _sit = {**_arflow, "weight_decay": 0.0, "clip": 0.0, "batch_size": 256}
-_runs = dict(digits=_small, fashion={**_small, "data": "fashion-mnist", "steps": 5000},
+_runs = dict(digits=_small, fashion={**_small, "data": "fashion-mnist", "steps": 3500},
              cifar10={**_small, "data": "cifar10", "steps": 20_000, "flip": True})
 TRAINING = {name: _runs.get(name.split("-")[-1], _sit if name.startswith("sit") else _arflow) for name in PRESETS}
