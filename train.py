@@ -26,15 +26,15 @@ import torch
 from support.checkpoint import named_model
 from support.data import dequantize, image_generators
 from support.distributed import (
-    accumulating, join, layers_of, leave, mean_over_processes, parallel, pick_device, prepare_layers,
+    accumulating, join, layers_of, leave, mean_over_processes, parallel, pick_device, prepare_training,
     training_precision,
 )
 from support.loader import batches, open_split
 from support.log import Clock, Log, Means
 from support.run import Average, Diverged, Run, StopSignals, load_run, look, restore, run_directory, saving_on_error
 from support.sampling import bits_per_dim, evaluate
-from support.start import Start, add_run_flags, build_model, check_processes, check_run_flags, check_terms, dry_run
-from support.start import first_preset, open_data, preset_settings, settings, start_run
+from support.start import Start, add_run_flags, build_model, check_processes, check_run_flags, check_terms, compiles
+from support.start import dry_run, first_preset, open_data, preset_settings, settings, start_run
 
 
 # ------------------------------------------------------------------------------------------ settings
@@ -191,9 +191,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start) -> 
     if model is None:
         model = build_model(name, config, split, train, sigma_at(train, 0), device)
     net = model.distiller() if state.distill else model
-    compiling = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
-    for part in {model, net}:
-        prepare_layers(part, compiling, args.checkpointing, dynamic=False)  # lengths are known: a graph for each
+    prepare_training(model, net, compiles(args, device, net, train), args.checkpointing)
     ddp = parallel(net.train(), device, args.fsdp)
     params = [p for p in net.parameters() if p.requires_grad]
     average = Average(params, train.ema) if train.ema else None

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from support.checkpoint import build, load, model_file, named_model
 from support.data import dequantize, image_generators
-from support.distributed import pick_device, pick_precision, prepare_layers
+from support.distributed import pick_device, pick_precision, prepare_layers, prepare_training
 from support.lent import check_device, lent_gpu
 from support.measure import in_words, machine, medians, peak_memory, product_peak, shown, timed
 from support.sampling import default_labels
@@ -164,7 +164,7 @@ def train(args, made: list[Subject], device: torch.device) -> Iterator[dict]:
     peak, work, rows = product_peak(device, precision), {}, {}
     for subject in made:
         label, model = subject.label, subject.model
-        prepare_layers(model, args.compiling, checkpointing=False)
+        prepare_training(model, model, args.compiling, checkpointing=False)
         batch = largest_batch(args, model, precision, device)
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
         before = peak_memory(device, reset=True)

@@ -190,6 +190,18 @@ def prepare_layers(module: nn.Module, compiling: bool, checkpointing: bool, **op
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def prepare_training(model: nn.Module, net: nn.Module, compiling: bool, checkpointing: bool) -> None:
+    """The same for training `net`, the model or its student.
+
+    On a CPU the whole pass is one graph: faster than layer by layer, and small models compile in a minute.
+    """
+    if compiling and not checkpointing and not next(net.parameters()).is_cuda:
+        net.forward = torch.compile(net.forward, dynamic=False)
+        return
+    for part in {model, net}:
+        prepare_layers(part, compiling, checkpointing, dynamic=False)  # lengths are known: a graph for each
+
+
 # ------------------------------------------------------------------------------------------ training on several devices
 def parallel(module: nn.Module, device: torch.device, fsdp: bool) -> nn.Module:
     """What the loop calls: the module itself, or under torchrun a DDP wrapper; with fsdp it is sharded in place."""

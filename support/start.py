@@ -5,6 +5,8 @@
 import argparse
 import dataclasses
 import json
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,11 @@ from support.checkpoint import DEFAULT_MODEL, build, checkpoint_path
 from support.cli import Parser, UserError, at_least, at_most, check_memory, expanded, given, warn
 from support.crops import fingerprint_difference
 from support.data import dequantize, image_generators
-from support.distributed import pick_precision, resumed_precision
+from support.distributed import pick_precision, rank_and_world, resumed_precision
 from support.loader import Split, open_split
 from support.run import RunState, load_run
 
+WORTH_COMPILING = 3e14  # floating point operations of a run, about 40 minutes of one core
 RESUMABLE = ("data", "steps", "seed")  # settings that --resume may change: moved data, a longer run, another stream
 
 
@@ -45,7 +48,8 @@ def add_run_flags(parser: Parser) -> None:
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     how.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                      help="of matrix products in training; auto = bfloat16 where this machine is fast in it")
-    how.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto = on a GPU")
+    how.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
+                     help="torch.compile; auto = on a GPU, and on a CPU for long runs in one process")
     how.add_argument("--workers", type=int, default=2, help="processes that decode images, per device (default: 2)")
     how.add_argument("--cache", metavar="DIR", help="store the cropped images there once, as one memory-mapped array")
     how.add_argument("--micro-batch", type=int, help="images per device and pass; gradients add up to batch_size")
@@ -243,6 +247,20 @@ def check_processes(args: argparse.Namespace, module: ModuleType, start: Start, 
     if hasattr(model, "activations") and not args.checkpointing and not torch.cuda.is_available():
         needed += model.activations()
     check_memory(micro_batch * needed, f"a pass of {micro_batch} images (see --batch-size, --micro-batch)")
+
+
+def compiles(args: argparse.Namespace, device: torch.device, net: nn.Module, train) -> bool:
+    """--compile. auto: on a GPU; on a CPU where the whole run has arithmetic enough to win back a minute of compiling.
+
+    That is a property of the run, not of this part of it: a run that is resumed goes on as it began, to the bit.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if args.compile == "on" and device.type == "cpu" and not compiler:
+        raise UserError("--compile: got on, but there is no g++ here, which it needs on a CPU; leave it out")
+    if args.compile != "auto" or device.type == "cuda":
+        return args.compile != "off"
+    arithmetic = 3 * net.flops() * train.batch_size * train.steps if hasattr(net, "flops") else 0
+    return arithmetic > WORTH_COMPILING and compiler is not None and rank_and_world()[1] == 1
 
 
 # ------------------------------------------------------------------------------------------ --dry-run
