@@ -343,7 +343,7 @@ _rgb = dict(lr_end=0.0, weight_decay=0.1, guard=0.0, noise="rgb", noise_end=0.0)
 _paper = dict(_rgb, steps=62_500, batch_size=2048, lr=1e-3, warmup=6250, noise_start=64.0, data="imagenet/train")
 _small = dict(steps=1600, batch_size=32, lr=2e-3, flip=False, noise="rgb", noise_start=64.0, noise_end=6.0)
 TRAINING = {
-    "digits": _small, "fashion": dict(_small, steps=2400, data="fashion-mnist"),
+    "digits": _small, "fashion": dict(_small, steps=2400, optimizer="muon", lr=1e-2, data="fashion-mnist"),
     "cifar10": dict(_rgb, steps=39_000, batch_size=128, lr=3e-4, warmup=3900, noise_start=32.0, data="cifar10"),
     "imagenet256-350m": _paper | dict(enlarge=True), "imagenet256-1.3b": _paper | dict(enlarge=True),
     "table4": farmer.TRAINING["fashion"], "table4-1.1b": farmer.TRAINING["farmer-1.1b-p16"],

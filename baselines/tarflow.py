@@ -240,8 +240,8 @@ _short = dict(steps=3500, lr=4e-3, noise_end=0.1, weight_decay=1e-4, flip=False)
 _long = dict(data="imagenet/train", enlarge=True, batch_size=256, warmup=5000, lr=1e-4, weight_decay=1e-4, clip=0.0)
 TRAINING = {
     "digits": _short,
-    "fashion": dict(_short, data="fashion-mnist"),
-    "cifar10": dict(steps=2000, noise="uniform", weight_decay=1e-4, holdout=500, data="cifar10"),
+    "fashion": dict(_short, optimizer="muon", lr=1e-2, data="fashion-mnist"),
+    "cifar10": dict(steps=2800, lr=4e-3, noise="uniform", weight_decay=1e-4, holdout=500, data="cifar10"),
     "imagenet64-bits": dict(_long, steps=500_000, noise="uniform", flip=False),  # theirs in float32: --precision
     "imagenet64-free": dict(_long, steps=1_000_000, noise_start=0.05, noise_end=0.05),
     "imagenet64": dict(_long, steps=1_000_000, noise_start=0.05, noise_end=0.05),

@@ -49,6 +49,7 @@ class Row:
 
 
 PLAIN, GUIDED = ("w = 0", "--guidance 0"), ("w = 1", "--guidance 1")
+EULER = tuple((f"{name}, 20 Euler steps", f"{flags} --steps 20") for name, flags in (PLAIN, GUIDED))
 OURS = "--preset fashion"
 TABLES = {
     "table3": [
@@ -90,9 +91,9 @@ TABLES = {
         Row("FARMER", OURS, samples=(PLAIN, GUIDED)),
         Row("TarFlow", "--model baselines.tarflow --preset fashion", samples=(PLAIN, GUIDED)),
         Row("JetFormer", "--model baselines.jetformer --preset fashion", samples=(PLAIN, GUIDED)),
-        Row("SiT", "--model baselines.arflow --preset sit-fashion", samples=(PLAIN, GUIDED)),
-        Row("ARFlow, S = 1", "--model baselines.arflow --preset arflow1-fashion", samples=(PLAIN, GUIDED)),
-        Row("ARFlow, S = 5", "--model baselines.arflow --preset fashion", samples=(PLAIN, GUIDED)),
+        Row("SiT", "--model baselines.arflow --preset sit-fashion", samples=EULER),
+        Row("ARFlow, S = 1", "--model baselines.arflow --preset arflow1-fashion", samples=EULER),
+        Row("ARFlow, S = 5", "--model baselines.arflow --preset fashion", samples=EULER),
     ],
     "likelihood": [
         Row("FARMER", f"{OURS} --noise uniform", samples=()),
@@ -199,8 +200,8 @@ def trained(table: str, row: Row, seed: int, minutes: float, core: int) -> Path:
         flags += [*row.train.split(), "--data", DATA, "--steps", str(steps), "--seed", str(seed)]
     done = out / "done.json"
     if not done.exists():
-        _, seconds, _ = run(["train.py", *flags, "--out", str(out)], core)
-        write_json(done, dict(seconds=seconds))
+        printed, seconds, _ = run(["train.py", *flags, "--out", str(out)], core)
+        write_json(done, dict(seconds=seconds, parameters=float(printed.split("M parameters")[0].split()[-1])))
     return out
 
 
@@ -247,7 +248,8 @@ def read_results(table: str) -> list[dict]:
 
 COLUMNS = {"fd": ("FD", ".2f"), "precision": ("precision", ".2f"), "recall": ("recall", ".2f"),
            "read_right": ("read right, %", ".1f"), "samples_per_s": ("samples/s", ".0f"),
-           "nats_per_dim": ("nats/dim", ".3f"), "bits_per_dim": ("bits/dim", ".3f")}
+           "nats_per_dim": ("nats/dim", ".3f"), "bits_per_dim": ("bits/dim", ".3f"),
+           "train_parameters": ("parameters, M", ".2f")}
 
 
 def markdown(table: str) -> str:
