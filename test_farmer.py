@@ -256,7 +256,7 @@ def test_long_runs_in_one_process_compile_on_a_cpu(monkeypatch):
     """By the whole run, so that what is left of it goes on as it began."""
     args, cpu = train.parse([], "farmer", farmer), torch.device("cpu")
     model, short = Farmer(SMALL), train.Train()
-    long = dataclasses.replace(short, steps=math.ceil(4e14 / model.flops() / short.batch_size / 3))
+    long = dataclasses.replace(short, steps=math.ceil(3e14 / model.flops() / short.batch_size / 3))
 
     def chosen(settings, how="auto", compiler="/usr/bin/g++", world=1):
         monkeypatch.setattr(args, "compile", how)

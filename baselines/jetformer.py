@@ -243,7 +243,7 @@ class Prior(farmer.Prior):
             noise = Noise.new(B, (1,), self.head.d, (1,), generators, last)
             Z_I.append(draw(self.head(last), options, noise, generators))  # (B, 1, d_I)
             start += h.shape[1]
-            h = self.embed(Z_I[-1]).repeat(copies, 1, 1)
+            h = self.embed(Z_I[-1]).to(self.class_pos).repeat(copies, 1, 1)
         Z_R = [self.sample_redundant(last, B, options, generators)] if self.d_R else []
         return torch.cat([torch.cat(Z_I, 1), *Z_R], -1)
 

@@ -24,7 +24,7 @@ from support.distributed import pick_precision, rank_and_world, resumed_precisio
 from support.loader import Split, open_split
 from support.run import RunState, load_run
 
-WORTH_COMPILING = 3e14  # floating point operations of a run, about 40 minutes of one core
+WORTH_COMPILING = 2e14  # floating point operations of a run, about 25 minutes of one core
 RESUMABLE = ("data", "steps", "seed")  # settings that --resume may change: moved data, a longer run, another stream
 
 

@@ -87,6 +87,10 @@ TABLES = {
             ("shared", "--guidance 1 --redundant-pool shared"),
             ("per token", "--guidance 1 --redundant-pool per_token"))),
     ],
+    "precision": [
+        Row("assets/fashion.pt", checkpoint="assets/fashion.pt",
+            samples=tuple((p, f"--guidance 1 --precision {p}") for p in ("float32", "bfloat16"))),
+    ],
     "peers": [
         Row("FARMER", OURS, samples=(PLAIN, GUIDED)),
         Row("TarFlow", "--model baselines.tarflow --preset fashion", samples=(PLAIN, GUIDED)),
