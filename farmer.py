@@ -69,8 +69,8 @@ class Sampling:
     redundant_pool: str = setting("shared", "of candidates for guided Z_R", choices=("shared", "per_token"))
     inverse: str = setting("auto", "of the flow; auto = the student when there is one, else exact", choices=INVERSES)
     tol: float = setting(1e-4, "parallel, refined: largest error aimed at")
-    precision: str = setting("float32", "of the prior and the student", choices=("float32", "bfloat16"))
     max_passes: int | None = setting(None, "parallel, refined: stop after so many passes in a block")
+    precision: str = setting("float32", "of the prior and the student", choices=("float32", "bfloat16"))
     denoise: float = setting(0.0, "std of the noise that one step along the model's own score takes off; 0 = off")
 
     def __post_init__(self):
@@ -716,6 +716,8 @@ class Farmer(nn.Module):
                  partners: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) with one part of their latents exchanged: what do Z_I and Z_R carry?
         part, "informative" or "redundant", of token i comes from token tokens[i] (N,) of image partners[b] (B,)."""
+        if part not in ("informative", "redundant"):
+            raise ValueError(f"part: got {part!r}, expected informative or redundant")
         Z, _ = self.flow(self.patches(images))
         other = Z[slice(None) if partners is None else partners][:, slice(None) if tokens is None else tokens]
         informative = torch.arange(Z.shape[2], device=Z.device) < self.config.informative_dim
@@ -836,10 +838,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
-@functools.cache
-def capture_stream(device: torch.device) -> "torch.cuda.Stream":
-    """One stream for all graphs of a device: each new one would take a workspace of 32 MiB."""
-    return torch.cuda.Stream(device)
+capture_stream = functools.cache(torch.cuda.Stream)  # one a device for all graphs: each new one takes 32 MiB
 
 def repeat(step: Callable[[], None], times: int, device: torch.device, replay: bool = True) -> None:
     """Calls step() `times` times; on a GPU one call warms up, one is captured as a CUDA graph, and that is replayed.

@@ -646,6 +646,8 @@ def test_exchange_moves_one_part_of_the_latents():
         expected = Z.clone()
         expected[..., moved] = Z[partners][:, tokens][..., moved]
         assert (latents(model.exchange(images, part, tokens, partners)) - expected).abs().max() < 1e-8
+    with pytest.raises(ValueError, match="part"):
+        model.exchange(images, "both")
 
 
 def test_arithmetic_against_torchs_count():

@@ -62,6 +62,10 @@ TABLES = {
         Row("all + naive CFG", same_as="all", samples=(("w = 1", "--guidance 1 --guidance-method reject"),)),
         Row("all + resampling CFG", same_as="all", samples=(GUIDED,)),
     ],
+    "flip": [  # table3's flip gains nothing: because the AR sees the row above in either order?
+        Row("no look_above", f"{OURS} --no-look-above --no-final-flip", samples=(PLAIN, GUIDED)),
+        Row("no look_above + final flip", f"{OURS} --no-look-above", samples=(PLAIN, GUIDED)),
+    ],
     "table4": [
         Row("Jet", "--model baselines.jetformer --preset table4", samples=(GUIDED,)),
         Row("AF", OURS, samples=(GUIDED,)),
