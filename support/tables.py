@@ -50,7 +50,7 @@ class Row:
 
 PLAIN, GUIDED = ("w = 0", "--guidance 0"), ("w = 1", "--guidance 1")
 EULER = tuple((f"{name}, 20 Euler steps", f"{flags} --steps 20") for name, flags in (PLAIN, GUIDED))
-OURS = "--preset fashion"
+OURS, EXACT = "--preset fashion", "--inverse exact"
 TABLES = {
     "table3": [
         Row("no split", f"{OURS} --informative-dim 16 --class-tokens 1 --no-final-flip", samples=(PLAIN,)),
@@ -82,18 +82,23 @@ TABLES = {
     ],
     "denoise": [
         Row("assets/fashion.pt", checkpoint="assets/fashion.pt", samples=(
-            ("w = 0, off", "--guidance 0 --denoise 0"), ("w = 0, on", "--guidance 0 --denoise 0.03"),
-            ("w = 1, off", "--guidance 1 --denoise 0"), ("w = 1, on", "--guidance 1 --denoise 0.03"),
+            ("w = 0, off", f"{EXACT} --guidance 0 --denoise 0"), ("w = 0, on", f"{EXACT} --guidance 0 --denoise 0.03"),
+            ("w = 1, off", f"{EXACT} --guidance 1 --denoise 0"), ("w = 1, on", f"{EXACT} --guidance 1 --denoise 0.03"),
         )),
     ],
     "pool": [
         Row("assets/fashion.pt", checkpoint="assets/fashion.pt", samples=(
-            ("shared", "--guidance 1 --redundant-pool shared"),
-            ("per token", "--guidance 1 --redundant-pool per_token"))),
+            ("shared", f"{EXACT} --guidance 1 --redundant-pool shared"),
+            ("per token", f"{EXACT} --guidance 1 --redundant-pool per_token"))),
+    ],
+    "student": [  # which assets/fashion.pt has
+        Row("assets/fashion.pt", checkpoint="assets/fashion.pt",
+            samples=tuple((f"{inverse}, denoise {sigma}", f"--guidance 1 --inverse {inverse} --denoise {sigma}")
+                          for inverse in ("exact", "student") for sigma in (0, 0.03))),
     ],
     "precision": [
         Row("assets/fashion.pt", checkpoint="assets/fashion.pt",
-            samples=tuple((p, f"--guidance 1 --precision {p}") for p in ("float32", "bfloat16"))),
+            samples=tuple((p, f"{EXACT} --guidance 1 --precision {p}") for p in ("float32", "bfloat16"))),
     ],
     "peers": [
         Row("FARMER", OURS, samples=(PLAIN, GUIDED)),
