@@ -183,7 +183,10 @@ def test_a_step_trains():
 
 def test_compile_time_is_the_first_step_less_a_usual_one(capsys, monkeypatch):
     compiled = []
-    monkeypatch.setattr(benchmark, "prepare_layers", lambda model, compiling, checkpointing: compiled.append(compiling))
+
+    def prepare(model, net, compiling, checkpointing):
+        compiled.append(compiling)
+    monkeypatch.setattr(benchmark, "prepare_training", prepare)
     monkeypatch.setattr(benchmark, "timed", lambda step, device: step() or 10.0)
     monkeypatch.setattr(benchmark, "medians", lambda work, repeats, device: dict.fromkeys(work, 4.0))
     row, = rows_of(capsys, "train", *SMALL, "--batch-size", 2, "--compile", "on")
