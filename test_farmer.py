@@ -265,6 +265,8 @@ def test_long_runs_in_one_process_compile_on_a_cpu(monkeypatch):
         return compiles(args, cpu, model, settings)
     assert chosen(long) and not chosen(short) and not chosen(long, compiler=None) and not chosen(long, world=2)
     assert chosen(short, "on") and not chosen(long, "off")
+    monkeypatch.setattr(args, "checkpointing", True)
+    assert not chosen(long)
     with pytest.raises(UserError, match="g\\+\\+"):
         chosen(long, "on", compiler=None)
 

@@ -260,7 +260,8 @@ def compiles(args: argparse.Namespace, device: torch.device, net: nn.Module, tra
     if args.compile != "auto" or device.type == "cuda":
         return args.compile != "off"
     arithmetic = 3 * net.flops() * train.batch_size * train.steps if hasattr(net, "flops") else 0
-    return arithmetic > WORTH_COMPILING and compiler is not None and rank_and_world()[1] == 1
+    alone = rank_and_world()[1] == 1 and not args.checkpointing  # which works layer by layer
+    return arithmetic > WORTH_COMPILING and compiler is not None and alone
 
 
 # ------------------------------------------------------------------------------------------ --dry-run
