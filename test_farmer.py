@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import farmer
 import fid
@@ -58,6 +59,7 @@ from support.conftest import (  # noqa: F401  (fixtures among them)
 from support.data import dequantize, digits, image_generators, quantize
 from support.distributed import prepare_layers, prepare_training
 from support.loader import batches, open_split
+from support.optimize import Muon
 from support.run import Average, load_run
 from support.sampling import evaluate, sample_images
 from support.start import compiles
@@ -250,6 +252,25 @@ def test_a_model_compiled_as_a_whole_for_a_cpu_is_one_graph_of_the_same_gradient
         loss = model(images, labels)["loss"].mean()
         losses.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*losses, strict=True))
+
+
+def test_training_compiles_each_kind_of_layer_once_and_what_lies_between(monkeypatch):
+    """As on a GPU. As many graphs for three layers a block as for one, and the same gradients."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    images, labels, graphs = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]), []
+    for layers in (1, 3):
+        config, losses = dataclasses.replace(SMALL, flow_layers=layers, ar_layers=layers), []
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for compiling in (False, True):
+            model = randomised(config, dtype=torch.float32).requires_grad_(True)
+            prepare_training(model, model, compiling, checkpointing=True)
+            loss = model(images, labels)["loss"].mean()
+            losses.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*losses, strict=True))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 2, graphs  # two are the layers', at the flow's and the prior's lengths
+    torch._dynamo.reset()
 
 
 def test_long_runs_in_one_process_compile_on_a_cpu(monkeypatch):
@@ -940,7 +961,7 @@ def test_weight_decay_groups(optimizer):
     """Weight decay on matrices, embeddings among them, not on biases and norms; Muon has the layers' matrices."""
     model = Farmer(SMALL)
     names = {id(p): name for name, p in model.named_parameters()}
-    opts = train.optimizers(model, train.Train(optimizer=optimizer, weight_decay=0.03, lr=1e-3))
+    opts = train.optimizers(model, optimizer, lr=1e-3, weight_decay=0.03)
     found = {}
     for opt in opts:
         for group in opt.param_groups:
@@ -955,6 +976,24 @@ def test_weight_decay_groups(optimizer):
         expected = "Muon" if optimizer == "muon" and in_layer else "AdamW"
         assert found[key] == (expected, 0.0 if flat else 0.03, 1e-3), name
     assert opts[0].param_groups[0]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_is_in_float32_where_bfloat16_is_emulated(fast, monkeypatch):
+    """The update is orthogonal, up to the iteration's own spread of singular values."""
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            seen.add(getattr(result, "dtype", None))
+            return result
+    seen, parameter = set(), torch.nn.Parameter(torch.zeros(24, 8))
+    monkeypatch.setattr("support.optimize.bf16_is_fast", lambda device: fast)
+    parameter.grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    with Dtypes():
+        Muon([parameter], lr=1.0, weight_decay=0.0, adjust_lr_fn="original").step()
+    assert (torch.bfloat16 in seen) == fast and parameter.dtype == torch.float32
+    values = torch.linalg.svdvals(parameter.detach()) / math.sqrt(3)  # the rate is scaled by sqrt(24 / 8)
+    assert 0.5 < float(values.min()) and float(values.max()) < 1.5
 
 
 # ------------------------------------------------------------------------------------------ training

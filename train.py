@@ -26,11 +26,12 @@ import torch
 from support.checkpoint import named_model
 from support.data import dequantize, image_generators
 from support.distributed import (
-    accumulating, join, layers_of, leave, mean_over_processes, parallel, pick_device, prepare_training,
+    accumulating, join, leave, mean_over_processes, parallel, pick_device, prepare_training,
     training_precision,
 )
 from support.loader import batches, open_split
 from support.log import Clock, Log, Means
+from support.optimize import optimizers
 from support.run import Average, Diverged, Run, StopSignals, load_run, look, restore, run_directory, saving_on_error
 from support.sampling import bits_per_dim, evaluate
 from support.start import Start, add_run_flags, build_model, check_processes, check_run_flags, check_terms, compiles
@@ -99,22 +100,6 @@ def dropped(labels: torch.Tensor, uid: torch.Tensor, train: Train, config) -> to
     items = uid // getattr(config, "images_per_item", 1)
     drop = [np.random.default_rng([train.seed, int(i), 2]).random() < train.label_drop for i in items]
     return labels.masked_fill(torch.tensor(drop) | (config.num_classes == 0), config.num_classes)
-
-
-def optimizers(net: torch.nn.Module, train: Train) -> list[torch.optim.Optimizer]:
-    """AdamW with weight decay on matrices, not on biases and norms; or Muon for the layers' matrices beside it."""
-    params = [p for p in net.parameters() if p.requires_grad]
-    matrices = [p for p in params if p.dim() >= 2]
-    others = dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)
-    how = dict(lr=train.lr, weight_decay=train.weight_decay)
-    if train.optimizer == "adamw":
-        return [torch.optim.AdamW([dict(params=matrices), others], betas=(0.9, 0.95), fused=True, **how)]
-    inside = {p for layer in layers_of(net) for p in layer.parameters() if p.dim() == 2}
-    if not inside:
-        raise UserError("--optimizer: muon is for the matrices of a model's layers(), and this model names none")
-    rest = [p for p in matrices if p not in inside]
-    return [torch.optim.AdamW([dict(params=rest), others], betas=(0.9, 0.95), fused=True, **how),
-            torch.optim.Muon([p for p in matrices if p in inside], adjust_lr_fn="match_rms_adamw", **how)]
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -195,7 +180,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start) -> 
     ddp = parallel(net.train(), device, args.fsdp)
     params = [p for p in net.parameters() if p.requires_grad]
     average = Average(params, train.ema) if train.ema else None
-    opts = optimizers(net, train)
+    opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
     restore(state, model, net, opts, out / "ckpt.pt")
 
     run = Run(out, model, net, opts, average, state, args.keep, rank)

@@ -34,6 +34,7 @@ from support.data import dequantize, image_generators
 from support.distributed import pick_device, pick_precision, prepare_layers, prepare_training
 from support.lent import check_device, lent_gpu
 from support.measure import in_words, machine, medians, peak_memory, product_peak, shown, timed
+from support.optimize import optimizers
 from support.sampling import default_labels
 from support.start import first_preset
 
@@ -168,7 +169,7 @@ def train(args, made: list[Subject], device: torch.device) -> Iterator[dict]:
         batch = largest_batch(args, model, precision, device)
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
         before = peak_memory(device, reset=True)
-        step = work[label] = training_step(model, precision, batch, device)
+        step = work[label] = training_step(model, precision, batch, device, args.optimizer)
         start = timed(step, device)
         step()  # the first that has the optimizer's state from its start
         memory = weights + peak_memory(device) - before if device.type == "cuda" or not rows else None
@@ -187,21 +188,23 @@ def train(args, made: list[Subject], device: torch.device) -> Iterator[dict]:
         yield row
 
 
-def training_step(model: nn.Module, precision: str, batch: int, device: torch.device) -> Callable[[], None]:
-    """A step of train.py with AdamW, the reading of data aside: noise, forward, backward, clip, step."""
+def training_step(model: nn.Module, precision: str, batch: int, device: torch.device,
+                  optimizer: str = "adamw") -> Callable[[], None]:
+    """A step of train.py, the reading of data aside: noise, forward, backward, clip, step."""
     c = model.config
     images = torch.randint(256, (batch, c.channels, c.image_size, c.image_size), dtype=torch.uint8, device=device)
     labels = default_labels(batch, c.num_classes).to(device)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), fused=True)
+    opts = optimizers(model, optimizer, lr=1e-5, weight_decay=0.03)
 
     def step() -> None:
         x = dequantize(images, "gaussian", 0.1, image_generators(0, range(batch), device))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             model(x, labels, image_generators(1, range(batch), device))["loss"].mean().backward()
         float(nn.utils.clip_grad_norm_(params, 1.0))
-        optimizer.step()
-        optimizer.zero_grad()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
     return step
 
 
@@ -210,7 +213,7 @@ def largest_batch(args, model: nn.Module, precision: str, device: torch.device) 
     batch = args.batch_size
     while 2 * batch <= args.largest:
         try:
-            step = training_step(model, precision, 2 * batch, device)
+            step = training_step(model, precision, 2 * batch, device, args.optimizer)
             step()
             step()  # now with the optimizer's state
         except torch.OutOfMemoryError:
@@ -242,6 +245,7 @@ def parse(argv: list[str] | None, name: str, module: ModuleType):
     training.add_argument("--batch-size", type=int, default=32, help="images per step (default: 32)")
     training.add_argument("--largest", type=int, default=0, help="double the batch size up to this while memory lasts")
     training.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="as in train.py")
+    training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="(default: adamw)")
     training.add_argument("--nominal", type=float, metavar="TFLOP/S", help="the data sheet's peak, for another MFU")
     lent.add_argument("--preset", default="farmer-1.1b-p16", help="timed with random weights (default: %(default)s)")
     lent.add_argument("--trained", default="cifar10", metavar="PRESET", help="trained for 3 minutes (default: cifar10)")

@@ -174,10 +174,11 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     return list(module.layers()) if hasattr(module, "layers") else []
 
 
-def prepare_layers(module: nn.Module, compiling: bool, checkpointing: bool, **options) -> None:
+def prepare_layers(module: nn.Module, compiling: bool, checkpointing: bool, apart: bool = False, **options) -> None:
     """Compiles each layer (one graph serves all that are alike) and recomputes activations instead of keeping them.
 
     Compiled inside the checkpoint: the other way round, checkpoint would switch the compiler off around the layer.
+    apart: a graph that calls a layer does not take it in.
     """
     if compiling:  # the limit counts graphs per code object, shared by all layers of a class, widths and modes
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -188,18 +189,21 @@ def prepare_layers(module: nn.Module, compiling: bool, checkpointing: bool, **op
             layer.forward = torch.compile(layer.forward, **options)
         if checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if apart:
+            layer.forward = torch.compiler.disable(layer.forward)
 
 
 def prepare_training(model: nn.Module, net: nn.Module, compiling: bool, checkpointing: bool) -> None:
-    """The same for training `net`, the model or its student.
+    """The same for training `net`, the model or its student, and what lies between the layers compiled too.
 
-    On a CPU the whole pass is one graph: faster than layer by layer, and small models compile in a minute.
+    On a CPU the whole pass is one graph: as fast at least, and small models compile in a minute or two. Elsewhere the
+    layers' graphs stay apart: within one graph, each layer would be compiled anew.
     """
-    if compiling and not checkpointing and not next(net.parameters()).is_cuda:
+    whole = compiling and not checkpointing and not next(net.parameters()).is_cuda
+    for part in {model, net} if not whole else ():
+        prepare_layers(part, compiling, checkpointing, apart=compiling, dynamic=False)  # lengths are known
+    if compiling:
         net.forward = torch.compile(net.forward, dynamic=False)
-        return
-    for part in {model, net}:
-        prepare_layers(part, compiling, checkpointing, dynamic=False)  # lengths are known: a graph for each
 
 
 # ------------------------------------------------------------------------------------------ training on several devices

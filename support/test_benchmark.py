@@ -173,10 +173,11 @@ def test_train_against_another_model(capsys, other):
     assert ours["GiB"] >= 0 and theirs["GiB"] is None
 
 
-def test_a_step_trains():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_trains(optimizer):
     model = small_model()
     before = [p.clone() for p in model.parameters()]
-    benchmark.training_step(model, "bfloat16", 2, CPU)()
+    benchmark.training_step(model, "bfloat16", 2, CPU, optimizer)()
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
     assert sum(moved) > 0.9 * len(moved)
 
@@ -196,7 +197,7 @@ def test_compile_time_is_the_first_step_less_a_usual_one(capsys, monkeypatch):
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
     tried = []
 
-    def step(model, precision, batch, device):
+    def step(model, precision, batch, device, optimizer):
         tried.append(batch)
 
         def run():
@@ -205,9 +206,10 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
         return run
     monkeypatch.setattr(benchmark, "training_step", step)
     model = torch.nn.Linear(1, 1)
-    args = SimpleNamespace(batch_size=4, largest=512)
+    args = SimpleNamespace(batch_size=4, largest=512, optimizer="adamw")
     assert benchmark.largest_batch(args, model, "float32", CPU) == 16 and tried == [8, 16, 32]
-    assert benchmark.largest_batch(SimpleNamespace(batch_size=4, largest=10), model, "float32", CPU) == 8
+    args.largest = 10
+    assert benchmark.largest_batch(args, model, "float32", CPU) == 8
 
 
 # ------------------------------------------------------------------------------------------ errors
