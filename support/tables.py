@@ -289,7 +289,7 @@ def cell(values: list[float], form: str) -> str:
         return "–"
     mean = statistics.mean(values)
     spread = max(abs(v - mean) for v in values)
-    return f"{mean:{form}}" + (f" ± {spread:{form}}" if len(values) > 1 else "")
+    return f"{mean:{form}}" + (f" ± {spread:{form}}" if spread else "")
 
 
 def main(argv: list[str] | None = None) -> None:
