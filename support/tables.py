@@ -264,7 +264,7 @@ def read_results(table: str) -> list[dict]:
 COLUMNS = {"fd": ("FD", ".2f"), "precision": ("precision", ".2f"), "recall": ("recall", ".2f"),
            "read_right": ("read right, %", ".1f"), "samples_per_s": ("samples/s", ".0f"),
            "nats_per_dim": ("nats/dim", ".3f"), "bits_per_dim": ("bits/dim", ".3f"),
-           "train_parameters": ("parameters, M", ".2f")}
+           "steps": ("steps", ".0f"), "train_parameters": ("parameters, M", ".2f")}
 
 
 def markdown(table: str) -> str:
