@@ -189,8 +189,8 @@ def prepare_layers(module: nn.Module, compiling: bool, checkpointing: bool, apar
             layer.forward = torch.compile(layer.forward, **options)
         if checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if apart:
-            layer.forward = torch.compiler.disable(layer.forward)
+        if apart:  # the partial keeps disable from unwrapping what is compiled
+            layer.forward = torch.compiler.disable(partial(layer.forward))
 
 
 def prepare_training(model: nn.Module, net: nn.Module, compiling: bool, checkpointing: bool) -> None:
