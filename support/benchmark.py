@@ -189,7 +189,7 @@ def train(args, made: list[Subject], device: torch.device) -> Iterator[dict]:
 
 
 def training_step(model: nn.Module, precision: str, batch: int, device: torch.device,
-                  optimizer: str = "adamw") -> Callable[[], None]:
+                  optimizer: str) -> Callable[[], None]:
     """A step of train.py, the reading of data aside: noise, forward, backward, clip, step."""
     c = model.config
     images = torch.randint(256, (batch, c.channels, c.image_size, c.image_size), dtype=torch.uint8, device=device)

@@ -8,7 +8,10 @@ from support.distributed import bf16_is_fast, layers_of
 
 
 def optimizers(net: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """`name` "adamw" or "muon". Weight decay on matrices, not on biases and norms."""
+    """`name` "adamw" or "muon". Weight decay on matrices, not on biases and norms.
+
+    Raises UserError where muon is asked for and the model's layers have no matrices.
+    """
     params = [p for p in net.parameters() if p.requires_grad]
     matrices = [p for p in params if p.dim() >= 2]
     inside = {p for layer in layers_of(net) for p in layer.parameters() if p.dim() == 2} if name == "muon" else set()
@@ -24,7 +27,7 @@ def optimizers(net: nn.Module, name: str, lr: float, weight_decay: float) -> lis
 
 
 class Muon(torch.optim.Muon):
-    """torch's, whose Newton-Schulz iterations are in bfloat16; in float32 on a CPU that has to emulate bfloat16, where
+    """torch's, whose Newton-Schulz iterations are in bfloat16; in float32 where bfloat16 is emulated. On a CPU of AVX2
     that takes a twentieth of the time."""
 
     @torch.no_grad()
