@@ -2,51 +2,109 @@
 
     python sample.py runs/tiny --labels 3,7 --guidance 2 --out threes_and_sevens.png
     python sample.py runs/tiny --num 50000 --out samples.npz
-    python sample.py runs/tiny --sweep guidance=0,1,2,4 --out sweep.png    # a column per value, the same noise
-    python sample.py runs/tiny --log-prob --out samples.npz    # log p(x) and its parts beside the images
-    torchrun --nproc_per_node=8 sample.py runs/tiny -n 50000 --out samples.npz    # -n: torchrun stumbles over --num
+    python sample.py runs/tiny --sweep guidance=0,1,2,4    # a column per value, the same noise
+    python sample.py runs/tiny --log-prob --out samples.npz    # log p(x) beside the images
+    torchrun --nproc_per_node=8 sample.py runs/tiny -n 50000 --out samples.npz
 """
-# ruff: noqa: I001  (support.cli comes before torch: Ctrl-C during that import is then no traceback)
-from support.cli import Parser, Progress, UserError, add_fields, at_least, at_most, check_memory, check_writable
-from support.cli import duration, given, run_script, write_file
-
 import dataclasses
-import math
 import time
 
 import numpy as np
 import torch
+from PIL import Image
 
-from support.checkpoint import load, named_model
+from support.checkpoints import load, named_model
+from support.cli import (
+    Parser,
+    Progress,
+    UserError,
+    add_fields,
+    at_least,
+    check_writable,
+    duration,
+    given,
+    run_script,
+    value_types,
+    write_file,
+)
 from support.distributed import gather, join, leave, pick_device, share
-from support.sampling import check_options, chosen_classes, extremes, grid, parse_sweep, sample_images
+from support.sampling import (
+    check_options,
+    class_names,
+    default_labels,
+    grid,
+    picture_classes,
+    sample_images,
+)
 
 
 def parse(argv: list[str] | None):
     name, module = named_model(argv)
     parser = Parser(prog="sample.py", description=__doc__)
-    parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's directory or a .pt file")
-    parser.add_argument("-n", "--num", type=int, help="images (default: 10 per label for a picture, else 1000)")
-    parser.add_argument("--labels", help="classes to make, in turn, e.g. 0,3,7 (default: all)")
-    parser.add_argument("--out", default="samples.png", metavar="FILE",
-                        help="X.png: a grid, one row per label; X.npz: images uint8 (N, H, W, C) and labels")
-    parser.add_argument("--sweep", metavar="FIELD=V1,V2", help="X.png: a row per image, a column per value")
+    parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's folder or a .pt file")
+    parser.add_argument("-n", "--num", type=at_least(int, 1),
+                        help="images (default: 10 per class for a picture, else 1000)")
+    parser.add_argument("--labels", help="classes to draw, by name or number, such as 0,3,7 "
+                        "(default: all)")
+    parser.add_argument("--out", metavar="FILE",
+                        help="X.png: a grid, a row per class; X.npz: images uint8 (N, H, W, C) "
+                        "and labels (default: samples.png, with --sweep sweep.png)")
+    parser.add_argument("--sweep", metavar="FIELD=V1,V2",
+                        help="a picture with a row per image and a column per value of a setting")
     parser.add_argument("--log-prob", action="store_true",
-                        help="X.npz: also log p(x) and its parts in nats, and X.png of the lowest and highest")
-    parser.add_argument("--batch-size", type=int, default=100, help="images per batch; does not change them")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+                        help="X.npz: also log p(x) and its parts in nats, and X.png, a picture of "
+                        "the images with the lowest and the highest log-determinant")
+    parser.add_argument("--batch-size", type=at_least(int, 1), default=100,
+                        help="images at a time; does not change them (default: 100)")
+    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="(default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_fields(parser.add_argument_group(f"sampling from {name} (default: as in the checkpoint)"), module.Sampling)
+    group = parser.add_argument_group(f"sampling from {name} (default: as in the checkpoint)")
+    add_fields(group, module.Sampling)
     args = parser.parse_args(argv)
-    at_least(args, num=1, batch_size=1, seed=0)
-    at_most(args, seed=2**63 - 1)
+    if args.out is None:
+        args.out = "sweep.png" if args.sweep else "samples.png"
     if not args.out.endswith((".png", ".npz")):
         raise UserError(f"--out: got {args.out}, expected a name that ends in .png or .npz")
     if args.sweep and not args.out.endswith(".png"):
-        raise UserError("--sweep: makes a picture; expected --out X.png")
+        raise UserError(f"--sweep: makes a picture, but --out is {args.out}; expected X.png")
     if args.log_prob and (args.sweep or not args.out.endswith(".npz")):
         raise UserError("--log-prob: expected --out X.npz, without --sweep")
     return args, module
+
+
+def chosen_classes(text: str, names: list[str] | None, num_classes: int) -> list[int]:
+    """--labels: class names or numbers, separated by commas; num_classes is the null class."""
+    classes = []
+    for part in text.split(","):
+        if names and part in names:
+            classes.append(names.index(part))
+        elif num_classes and part.isdigit() and int(part) <= num_classes:
+            classes.append(int(part))
+        else:
+            expected = ", ".join(names) if names else f"numbers from 0 to {num_classes - 1}"
+            if num_classes == 0:
+                expected = "no --labels for an unconditional model"
+            raise UserError(f"--labels: got {part!r}, expected {expected}")
+    return classes
+
+
+def parse_sweep(text: str, options) -> dict[str, object]:
+    """"guidance=0,1" -> {"guidance 0": options with that, "guidance 1": ...}."""
+    name, _, values = text.partition("=")
+    name = name.replace("-", "_")
+    kinds = value_types(type(options))
+    if not values or name not in kinds:
+        raise UserError(f"--sweep: got {text!r}, expected FIELD=V1,V2,... with a field of "
+                        f"{', '.join(kinds)}")
+    columns = {}
+    for value in values.split(","):
+        try:
+            number = kinds[name](value)
+        except ValueError:
+            raise UserError(f"--sweep: got {value!r}, expected a value of type "
+                            f"{kinds[name].__name__}") from None
+        columns[f"{name} {value}"] = dataclasses.replace(options, **{name: number})
+    return columns
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,57 +120,113 @@ def main(argv: list[str] | None = None) -> None:
     for choice in columns.values():
         check_options(choice, extra)
 
-    # The same labels in every process: rows of one class for a picture, classes in turn for an .npz.
-    picture, num_classes = out.suffix == ".png", model.config.num_classes
-    classes = chosen_classes(args.labels, num_classes, picture)
-    num = args.num or (len(classes) if args.sweep else 10 * len(classes) if picture else 1000)
-    check_memory(num * (model.config.channels * model.config.image_size**2 * 3 + 100), f"{num} images")
-    width = math.ceil(num / len(classes))
-    labels = [classes[i // width if picture else i % len(classes)] for i in range(num)]
-    start = time.time()
-    made = [draw(model, labels, choice, args, rank, device) for choice in columns.values()]
-    leave()
-    if rank:
-        return
-    indices, images, log_p = made[0]
+    # The same labels in every process: classes in turn.
+    names = extra.get("classes")
+    num_classes = model.config.num_classes
+    picture = out.suffix == ".png"
+    classes = picture_classes(num_classes) if picture else list(range(max(num_classes, 1)))
+    if args.labels is not None:
+        classes = chosen_classes(args.labels, names, num_classes)
+    num = args.num
+    if num is None:
+        num = 1000
+        if picture:
+            num = len(classes) if args.sweep else 10 * len(classes)
+    rows = default_labels(num, len(classes))
     if picture:
-        tiles = np.zeros((num, len(made), *images.shape[1:]), np.uint8)  # what is not finite stays black
-        for column, (some, pixels, _) in enumerate(made):
-            tiles[some, column] = pixels
-        names = [str(labels[i]) for i in range(0, num, 1 if args.sweep else width)] if num_classes else None
-        width = len(made) if args.sweep else width
-        drawn = grid(tiles.reshape(-1, *images.shape[1:]), width, names, list(columns) if args.sweep else None)
-        write_file(out, lambda f: drawn.save(f, "PNG"))
+        rows = rows.sort().values  # the images of a class stand side by side
+    labels = torch.tensor(classes)[rows]
+    start = time.time()
+    drawn = [draw(model, labels, choice, args, rank, device) for choice in columns.values()]
+    leave()
+    if rank > 0:
+        return
+
+    total = sum(len(numbers) for numbers, _, _ in drawn)
+    numbers, images, log_p = drawn[0]
+    if args.sweep:
+        names = class_names(labels.tolist(), names, num_classes)
+        tiles = np.stack([placed(num, numbers, images) for numbers, images, _ in drawn], 1)
+        tiles = tiles.reshape(-1, *images.shape[1:])
+        save_picture(out, grid(tiles, len(columns), names, list(columns)))
+    elif picture:
+        width = int(rows.bincount().max())
+        tiles = np.full((len(classes), width, *images.shape[1:]), 255, np.uint8)
+        for row in range(len(classes)):
+            mine = placed(num, numbers, images)[rows == row]
+            tiles[row, :len(mine)] = mine
+        tiles = tiles.reshape(-1, *images.shape[1:])
+        save_picture(out, grid(tiles, width, class_names(classes, names, num_classes)))
     else:
-        write_file(out, lambda f: np.savez(f, images=images, labels=np.array(labels)[indices], **log_p))
+        arrays = dict(images=images, labels=labels.numpy()[numbers], **log_p)
+        write_file(out, lambda file: np.savez(file, **arrays))
     if args.log_prob and len(images):
-        drawn = extremes(images, log_p)
-        write_file(out.with_suffix(".png"), lambda f: drawn.save(f, "PNG"))
-    guidance = getattr(options, "guidance", 0)
-    print(f"{out}: {sum(len(m[0]) for m in made)} images in {duration(time.time() - start)}, guidance {guidance:g}")
+        save_picture(out.with_suffix(".png"), extremes(images, log_p))
+    print(f"{out}: {total} images in {duration(time.time() - start)}, {described(options)}")
 
 
-def draw(model, labels: list[int], options, args, rank: int, device: torch.device):
-    """On rank 0: indices (n,) of the finite images, uint8 images (n, H, W, C), log_prob's fields (n,) where asked."""
-    c, mine = model.config, share(len(labels))
+def draw(model, labels: torch.Tensor, options, args, rank: int, device: torch.device):
+    """On rank 0: numbers (n,) of the finite images, the images (n, H, W, C) uint8, log_prob's
+    fields (n,) where asked for. Every process draws its share."""
+    c = model.config
+    mine = share(len(labels))
     progress = Progress("sampled", len(mine), quiet=rank > 0)
-    some = torch.tensor(labels, dtype=torch.long)[mine.start:mine.stop]
-    indices, images = [np.empty(0, np.int64)], [np.empty((0, c.image_size, c.image_size, c.channels), np.uint8)]
-    fields = {}
-    for at, pixels, x in sample_images(model, some, options, args.seed, args.batch_size, mine.start, progress):
-        indices.append(at)
+    numbers = [np.empty(0, np.int64)]
+    images = [np.empty((0, c.image_size, c.image_size, c.channels), np.uint8)]
+    fields: dict[str, list[np.ndarray]] = {}
+    part = labels[mine.start:mine.stop]
+    batches = sample_images(
+        model, part, options, args.seed, args.batch_size, mine.start, progress)
+    for which, pixels, x in batches:
+        numbers.append(which)
         images.append(pixels)
         if args.log_prob:
             with torch.no_grad():
-                log_p = model.log_prob(x, torch.tensor(labels, device=device)[torch.from_numpy(at).to(device)])
+                log_p = model.log_prob(x, labels[torch.from_numpy(which)].to(device))
             for name, values in log_p._asdict().items():
                 fields.setdefault(name, []).append(values.cpu().numpy())
-    parts = [np.concatenate(indices), np.concatenate(images), *(np.concatenate(v) for v in fields.values())]
-    parts = [list(gather(part, device)) for part in parts]
-    if rank:
+    arrays = {"numbers": np.concatenate(numbers), "images": np.concatenate(images)}
+    arrays |= {name: np.concatenate(values) for name, values in fields.items()}
+    everyone = {name: gather(array, device) for name, array in arrays.items()}
+    if rank > 0:
         return None
-    indices, images, *values = [np.concatenate(part) for part in parts]
-    return indices, images, dict(zip(fields, values, strict=True))
+    everyone = {name: np.concatenate(parts) for name, parts in everyone.items()}
+    return everyone.pop("numbers"), everyone.pop("images"), everyone
+
+
+def placed(num: int, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """All `num` images in order; those that are missing, since they were not finite, are black."""
+    tiles = np.zeros((num, *images.shape[1:]), np.uint8)
+    tiles[numbers] = images
+    return tiles
+
+
+def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10) -> Image.Image:
+    """The images (n, H, W, C) with the lowest and the highest log-det, under its value per
+    dimension; for a model without one, log p. The paper finds abnormal ones blurred (Fig. 8)."""
+    values = log_p.get("logdet", log_p["total"]) / images[0].size
+    order = np.argsort(values)
+    parts = []
+    for row in (order[:columns], order[-columns:]):
+        parts.append(grid(images[row], columns, None, [f"{v:.2f}" for v in values[row]]))
+    picture = Image.new("RGB", (parts[0].width, 2 * parts[0].height), "white")
+    picture.paste(parts[0], (0, 0))
+    picture.paste(parts[1], (0, parts[0].height))
+    return picture
+
+
+def save_picture(path, picture: Image.Image) -> None:
+    write_file(path, lambda file: picture.save(file, "PNG"))
+
+
+def described(options) -> str:
+    """The settings that differ from the model's defaults."""
+    changed = []
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if value != f.default:
+            changed.append(f"{f.name} {value}")
+    return ", ".join(changed) or "default settings"
 
 
 if __name__ == "__main__":

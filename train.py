@@ -1,20 +1,18 @@
-"""Train a model, evaluate its likelihood, or distil it into a student.
+"""Train a model, go on with a run, distil a student, or measure held-out likelihood.
 
-    python train.py                                               # the built-in digits, minutes on a CPU: runs/tiny
+    python train.py                                 # built-in digits, minutes on a CPU: runs/tiny
     python train.py --preset cifar10 --out runs/cifar
-    python train.py --resume --out runs/cifar                     # go on exactly where it stopped
-    python train.py --eval runs/cifar                             # held-out likelihood
-    python train.py --distill runs/cifar                          # one-step student, into runs/cifar-student
-    python train.py --model baselines.tarflow                     # another model: the name of its file
+    python train.py --resume --out runs/cifar       # go on exactly where it stopped
+    python train.py --eval runs/cifar               # held-out likelihood
+    python train.py --distill runs/cifar            # one-step student, into runs/cifar-student
+    python train.py --model baselines.tarflow       # another model: the name of its file
     torchrun --nproc_per_node=8 train.py --preset farmer-1.1b-p16 --data imagenet/train
 """
-# ruff: noqa: I001  (support.cli comes before torch: Ctrl-C during that import is then no traceback)
-from support.cli import Parser, UserError, add_fields, duration, expanded, given, run_script, warn
-
+import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import signal
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -23,260 +21,505 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.checkpoint import named_model
-from support.data import dequantize, image_generators
+from support.batches import batches, dequantize, image_generators, open_split
+from support.checkpoints import (
+    DEFAULT_MODEL,
+    Checkpoint,
+    Diverged,
+    RunState,
+    build,
+    checkpoint_path,
+    first_preset,
+    load_run,
+    named_model,
+    run_directory,
+)
+from support.cli import (
+    Parser,
+    UserError,
+    add_fields,
+    at_least,
+    expanded,
+    given,
+    run_script,
+    warn,
+    write_file,
+)
+from support.datasets import KNOWN
 from support.distributed import (
-    accumulating, join, leave, mean_over_processes, parallel, pick_device, prepare_training,
+    accumulating,
+    join,
+    leave,
+    mean_over_processes,
+    parallel,
+    pick_device,
+    pick_precision,
     training_precision,
 )
-from support.loader import batches, open_split
-from support.log import Clock, Log, Means
-from support.optimize import optimizers
-from support.run import Average, Diverged, Run, StopSignals, load_run, look, restore, run_directory, saving_on_error
-from support.sampling import bits_per_dim, evaluate
-from support.start import Start, add_run_flags, build_model, check_processes, check_run_flags, check_terms, compiles
-from support.start import dry_run, first_preset, open_data, preset_settings, settings, start_run
+from support.sampling import bits_per_dim, evaluate, sample_grid
+from support.training import EMA, Log, StopSignals, optimizers, prepare_layers
 
 
-# ------------------------------------------------------------------------------------------ settings
-def setting(default, text: str, choices: tuple[str, ...] = (), least: float = 0):
-    return field(default=default, metadata=dict(help=text, choices=choices, least=least))
+# ----------------------------------------------------------------------------- settings
+def setting(default, help: str, least: float = 0, below: float = math.inf, choices: tuple = ()):
+    return field(default=default, metadata=dict(
+        help=help, least=least, below=below, choices=choices))
 
 
 @dataclass(frozen=True)
 class Train:
-    """What a run does besides the model: with the model's Config, all that decides its result."""
-    data: str = setting("digits", "digits, fashion-mnist, mnist, cifar10; a folder, .zip, .npz, idx files")
+    """What decides a run's result besides the model's Config."""
+
+    data: str = setting(
+        "digits", "digits, fashion-mnist, mnist, cifar10; a folder, .zip, .npz or idx files")
     steps: int = setting(1000, "optimizer steps", least=1)
-    batch_size: int = setting(64, "images per step over all devices", least=1)
+    batch_size: int = setting(64, "images per step, over all devices", least=1)
     lr: float = setting(1e-3, "peak learning rate")
-    lr_end: float = setting(0.01, "learning rate at the end, as a part of the peak")
+    lr_end: float = setting(0.01, "learning rate towards the end, as a fraction of the peak")
     warmup: int = setting(100, "steps of linear warm-up")
-    optimizer: str = setting("adamw", "muon: for the layers' matrices, adamw for the rest", ("adamw", "muon"))
+    optimizer: str = setting(
+        "adamw", "muon: for the layers' matrices, with adamw for the rest",
+        choices=("adamw", "muon"))
     weight_decay: float = setting(0.03, "on matrices only, tables of embeddings among them")
     clip: float = setting(1.0, "gradient norm above which gradients are scaled down; 0 = off")
-    noise: str = setting("gaussian", "of dequantisation: gaussian is annealed, uniform gives bits/dim, rgb is both",
-                         ("gaussian", "uniform", "rgb", "none"))
-    noise_start: float = setting(0.1, "std of the noise at the first step; rgb: of 255")
-    noise_end: float = setting(0.005, "and at the last")
-    label_drop: float = setting(0.1, "part of the labels replaced by the null class, for guidance")
+    noise: str = setting(
+        "gaussian", "added to the 8-bit pixels: gaussian, of a std that falls during training; "
+        "uniform, one level wide, which gives bits/dim; rgb, whole levels of gaussian noise that "
+        "fall likewise, and uniform; or none",
+        choices=("gaussian", "uniform", "rgb", "none"))
+    noise_start: float = setting(
+        0.1, "std of the noise at the first step, for pixels in [-1, 1]; of rgb, in 8-bit levels")
+    noise_end: float = setting(0.005, "std of the noise towards the last step")
+    label_drop: float = setting(
+        0.1, "share of labels replaced by the null class, which guidance needs", below=1)
     flip: bool = setting(True, "mirror half of the images")
-    enlarge: bool = setting(False, "bring smaller images up to image_size, as ADM does, instead of refusing them")
-    holdout: int = setting(0, "images per class, the last by name, kept out of training for --eval")
-    ema: float = setting(0.0, "decay of the averaged weights that are then kept and sampled from; 0 = off")
-    guard: float = setting(10.0, "skip a step whose gradient norm exceeds this many running medians; 0 = off")
-    seed: int = setting(0, "of weights, data order, noise and label drop")
+    enlarge: bool = setting(False, "enlarge images smaller than image_size instead of refusing")
+    holdout: int = setting(0, "images per class, the last by name, kept for --eval")
+    ema: float = setting(
+        0.0, "decay of averaged weights (EMA), which are then kept and sampled from; 0 = off",
+        below=1)
+    guard: float = setting(
+        10.0, "skip a step whose gradient norm is above this many running medians; 0 = off")
+    seed: int = setting(0, "of weights, data order, noise and label drops", below=2**63)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
-            if type(value) is not f.type and not (f.type is float and type(value) is int):
-                raise UserError(f"{f.name}: got {value!r}, expected a value of type {f.type.__name__}")
-            if f.type in (int, float) and not least <= value < (2**63 if f.type is int else math.inf):
-                raise UserError(f"{f.name}: got {value}, expected a finite number >= {least}")
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise UserError(f"{f.name}: got {value!r}, expected one of {', '.join(f.metadata['choices'])}")
-        for name in ("label_drop", "ema"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"{name}: got {getattr(self, name)}, expected 0 to below 1")
+            value = getattr(self, f.name)
+            limits = f.metadata
+            if limits["choices"] and value not in limits["choices"]:
+                raise UserError(f"{f.name}: got {value!r}, expected one of "
+                                f"{', '.join(limits['choices'])}")
+            if f.type in (int, float) and not limits["least"] <= value < limits["below"]:
+                raise UserError(f"{f.name}: got {value}, expected {limits['least']} to below "
+                                f"{limits['below']}")
 
 
-def sigma_at(train: Train, step: int) -> float | None:
-    """Std of the dequantisation noise: noise_start to noise_end by cosine over training (3.2); None: no std."""
+def noise_at(train: Train, step: int) -> float | None:
+    """Std of the dequantisation noise at a step: a cosine from noise_start to noise_end (3.2)."""
     if train.noise in ("uniform", "none"):
-        return None
+        return None  # these have no std
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
     return train.noise_end + (train.noise_start - train.noise_end) * cosine
 
 
 def lr_at(train: Train, step: int) -> float:
-    """Linear warm-up times a cosine from lr to lr * lr_end."""
+    """Learning rate at a step: linear warm-up times a cosine from lr to lr * lr_end.
+
+    The cosine runs over all steps, those of the warm-up included.
+    """
     warm = min(1.0, (step + 1) / max(1, train.warmup))
-    return train.lr * warm * (train.lr_end + (1 - train.lr_end) * 0.5 * (1 + math.cos(math.pi * step / train.steps)))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / train.steps))
+    return train.lr * warm * (train.lr_end + (1 - train.lr_end) * cosine)
 
 
-def dropped(labels: torch.Tensor, uid: torch.Tensor, train: Train, config) -> torch.Tensor:
-    """Labels with a part label_drop replaced by the null class, decided by (seed, number of the item) alone."""
-    items = uid // getattr(config, "images_per_item", 1)
-    drop = [np.random.default_rng([train.seed, int(i), 2]).random() < train.label_drop for i in items]
-    return labels.masked_fill(torch.tensor(drop) | (config.num_classes == 0), config.num_classes)
+def drop_labels(labels: torch.Tensor, numbers: torch.Tensor, train: Train,
+                null: int) -> torch.Tensor:
+    """labels (b,) of which a share becomes the null class, decided by (seed, number) alone."""
+    random = [np.random.default_rng([train.seed, int(n), 2]).random() for n in numbers]
+    return labels.masked_fill(torch.tensor(random) < train.label_drop, null)
 
 
-# ------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None, name: str, module):
     first = first_preset(module)
-    shown = preset_settings(Train, module, first)
     parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--model", default=name, metavar="NAME", help="the model's file (default: farmer)")
-    parser.add_argument("--preset", choices=module.PRESETS, help=f"model and training settings (default: {first})")
-    parser.add_argument("--out", metavar="DIR", help="directory of the run (default: runs/PRESET)")
+    parser.add_argument("--model", default=name, metavar="NAME", help="the model's file")
+    parser.add_argument("--preset", choices=module.PRESETS,
+                        help=f"model and training settings (default: {first})")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from OUT/ckpt.pt as it was; data (moved), steps, seed and precision may differ")
-    add_fields(parser.add_argument_group(f"training (defaults of the preset {first})"), Train, shown)
-    add_run_flags(parser)
-    model = parser.add_argument_group(f"model (defaults of the preset {first})")
-    add_fields(model, module.Config, module.PRESETS[first])
+                        help="go on from OUT/ckpt.pt; only data (moved), steps, seed may change")
+
+    other = parser.add_argument_group("other tasks")
+    other.add_argument("--eval", metavar="DIR_OR_CKPT",
+                       help="print the held-out likelihood of a trained model")
+    other.add_argument("--distill", metavar="DIR_OR_CKPT",
+                       help="train the one-step student of a trained model")
+
+    # One flag for each setting; it reads None where it is not given.
+    group = parser.add_argument_group(f"training (defaults of the preset {first})")
+    add_fields(group, Train, preset_settings(module, first))
+    group = parser.add_argument_group(f"model (defaults of the preset {first})")
+    add_fields(group, module.Config, module.PRESETS[first])
+
+    how = parser.add_argument_group("how it runs (changes results by rounding at most)")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    how.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                     help="of matrix products; auto = bfloat16 where this machine is fast in it")
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                     help="compile the layers, which takes a minute (default: on a GPU)")
+    how.add_argument("--workers", type=at_least(int, 0), default=2,
+                     help="processes that decode images, per device (default: 2)")
+    how.add_argument("--micro-batch", type=at_least(int, 1),
+                     help="images per device and pass; gradients add up to batch_size")
+    how.add_argument("--checkpointing", action="store_true",
+                     help="recompute activations instead of keeping them: less memory, slower")
+    for flag, least, default, text in (
+        ("--log-every", 1, 50, "steps between two lines of the log"),
+        ("--save-every", 1, 500, "steps between two saves"),
+        ("--sample-every", 0, 500, "steps between two samples.png; 0 = only at the end"),
+        ("--val-every", 0, 500, "steps between likelihoods of held-out images; 0 = at the end"),
+        ("--keep", 0, 0, "keep the last N checkpoints as ckpt-STEP.pt too"),
+    ):
+        how.add_argument(flag, type=at_least(int, least), default=default, metavar="N",
+                         help=f"{text} (default: {default})")
+    how.add_argument("--tensorboard", action="store_true",
+                     help="also write TensorBoard events (needs tensorboard)")
     args = parser.parse_args(argv)
-    check_run_flags(args)
+    if args.eval is not None and args.distill is not None:
+        raise UserError("--eval, --distill: got both, expected one")
     return args
 
 
-# ------------------------------------------------------------------------------------------ evaluation
-def evaluate_run(args, module, device: torch.device) -> None:
-    """--eval: of the training data the held-out part, or its test split; of other data its test split, or all of it."""
-    free = ("data", "enlarge", "holdout", "noise", "noise_end")
-    fixed = sorted(given(args, module.Config)) + sorted(given(args, Train).keys() - set(free))
-    if fixed or args.preset:
-        raise UserError(f"--eval: got {', '.join(fixed) or 'preset'}; only {', '.join(free)} can be chosen, "
-                        "all else is as in its checkpoint")
-    model, state = load_run(args.eval, device)
-    train = settings(Train, state.training, args.eval)
-    other = args.data is not None and expanded(args.data).resolve() != Path(train.data).resolve()
-    train = dataclasses.replace(train, **({"holdout": 0} if other else {}), **given(args, Train))
-    c = model.config
-    size = (c.image_size, c.channels)
-    split = open_split(train.data, *size, train.holdout, train.enlarge, args.cache, args.workers, c.num_classes)
-    rank, _ = join(device)
-    indices = split.val_indices if len(split.val_indices) else split.indices
-    result = evaluate(model, split.val, indices, train.noise, train.noise_end, quiet=rank > 0)
-    leave()
-    if rank == 0:
-        if not len(split.val_indices) and not other:
-            warn("the run held nothing out (--holdout), so this is the likelihood of its training images")
-        print(json.dumps(result, indent=1))
+def preset_settings(module, preset: str) -> Train:
+    return Train(**module.TRAINING.get(preset, {}))
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------- how a run begins
+@dataclass
+class Start:
+    """What a run begins with."""
+
+    config: object  # of the model
+    train: Train
+    state: RunState
+    model: torch.nn.Module | None = None  # None: to be built
+
+
+def fresh(args, module, device: torch.device) -> Start:
+    """A new run: the preset's values, and over them the flags'."""
+    preset = args.preset or first_preset(module)
+    config = dataclasses.replace(module.PRESETS[preset], **given(args, module.Config))
+    train = dataclasses.replace(preset_settings(module, preset), **given(args, Train))
+    if getattr(config.sampling, "denoise", 0):
+        # Denoising takes off the noise that training ends with, so it follows --noise-end.
+        sigma = train.noise_end if train.noise == "gaussian" else 0.0
+        sampling = dataclasses.replace(config.sampling, denoise=sigma)
+        config = dataclasses.replace(config, sampling=sampling)
+    precision = pick_precision(args.precision, device)
+    return Start(config, train, RunState(preset, {}, distill=False, precision=precision))
+
+
+def distilled(args, module, device: torch.device) -> Start:
+    """A student's run: the teacher's settings, a fifth of its steps, and its last noise."""
+    model, teacher = load_run(args.distill, device)
+    if not hasattr(model, "distiller"):
+        raise UserError(f"--distill: {model.model_name} has no student")
+    if given(args, module.Config):
+        raise UserError(f"--distill: got {', '.join(given(args, module.Config))}, but a student "
+                        "has its teacher's config; leave the model's flags out")
+    if teacher.distill:
+        raise UserError(f"--distill: {args.distill} has a student already; pass the run that it "
+                        "was distilled from")
+    train = Train(**teacher.training)
+    train = dataclasses.replace(
+        train, steps=max(1, train.steps // 5), noise_start=train.noise_end)
+    train = dataclasses.replace(train, **given(args, Train))
+    precision = pick_precision(args.precision, device)
+    state = RunState(
+        teacher.preset, {}, distill=True, precision=precision, classes=teacher.classes)
+    return Start(model.config, train, state, model)
+
+
+def resumed(args, module, device: torch.device, out: Path) -> Start:
+    """The run in `out` as it was. Only the place of the data, steps and seed may change."""
+    model, state = load_run(out, device)
+    train = Train(**state.training)
+    asked = given(args, Train) | given(args, module.Config)
+    asked["model"] = args.model
+    asked["preset"] = args.preset or state.preset
+    have = dataclasses.asdict(model.config) | state.training
+    have["model"] = model.model_name
+    have["preset"] = state.preset
+    for name, value in asked.items():
+        if value != have[name] and name not in ("data", "steps", "seed"):
+            raise UserError(f"--resume: {name} is {have[name]} in {out / 'ckpt.pt'}, but {value} "
+                            "was asked for; leave the flag out, or start another --out")
+    for name in ("steps", "seed"):
+        if name in asked and asked[name] != have[name]:
+            warn(f"{name} was {have[name]} and is {asked[name]} from step {state.step} on")
+    if args.precision not in ("auto", state.precision):
+        raise UserError(f"--precision: got {args.precision}, but the run began in "
+                        f"{state.precision}; leave the flag out")
+    return Start(model.config, dataclasses.replace(train, **given(args, Train)), state, model)
+
+
+def output_directory(args, name: str, module) -> Path:
+    """--out, else runs/PRESET (other models: runs/MODEL-PRESET), or the teacher's and -student."""
+    if args.out is not None:
+        return expanded(args.out)
+    if args.distill is not None:
+        teacher = checkpoint_path(args.distill).resolve()
+        if teacher.name == "ckpt.pt":
+            teacher = teacher.parent
+        return teacher.with_name(f"{teacher.stem}-student")
+    preset = args.preset or first_preset(module)
+    if name == DEFAULT_MODEL:
+        return Path("runs", preset)
+    return Path("runs", f"{name.rpartition('.')[2]}-{preset}")
+
+
 def main(argv: list[str] | None = None) -> None:
     name, module = named_model(argv)
     args = parse(argv, name, module)
     device = pick_device(args.device)
     if args.eval is not None:
-        return evaluate_run(args, module, device)
-    start = start_run(args, name, module, Train, device)
-    if args.dry_run:
-        return dry_run(args, module, start)
-    with run_directory(start.out, resume=args.resume and (start.out / "ckpt.pt").is_file()):
-        train_model(args, name, module, device, start)
+        evaluate_run(args, module, device)
+        return
+    out = output_directory(args, name, module)
+    resuming = args.resume and (out / "ckpt.pt").is_file()
+    if resuming:
+        start = resumed(args, module, device, out)
+    elif args.distill is not None:
+        start = distilled(args, module, device)
+    else:
+        start = fresh(args, module, device)
+    if args.resume and not resuming:
+        warn(f"{out} holds no ckpt.pt yet: starting at step 0")
+    if start.state.step >= start.train.steps:
+        print(f"{out}: finished at step {start.state.step}; pass --steps M to go on")
+        return
+    with run_directory(out, resuming):
+        train_model(args, name, module, device, start, out)
 
 
-def train_model(args, name: str, module, device: torch.device, start: Start) -> None:
-    """The loop. Everything random in step s depends on (seed, s), so a resumed run is the same run, on any devices."""
-    train, state, model, out = start.train, start.state, start.model, start.out
+# ----------------------------------------------------------------------------- training
+def train_model(args, name: str, module, device: torch.device, start: Start, out: Path) -> None:
+    """Everything random in step s depends on (seed, s): a resumed run is the same run."""
+    state = start.state
+    model = start.model
+    c = start.config
+    train = dataclasses.replace(start.train, data=absolute(start.train.data))
+    state.training = dataclasses.asdict(train)
 
-    # Data, before the processes join: one of them may decode for an hour.
-    split = open_data(args, start)
-    config = start.config
+    # Data. A new model gets as many classes as the data has, or --num-classes.
+    num_classes = args.num_classes if model is None else c.num_classes
+    split = open_split(
+        train.data, c.image_size, c.channels, train.holdout, train.enlarge,
+        classes=state.classes, num_classes=num_classes,
+        own=getattr(module, "open_images", None))
+    if state.step and split.digest != state.digest:
+        raise UserError("--resume: these are not the images that the run began with; pass the "
+                        "right --data, or start another --out")
+    state.digest = split.digest
+    state.classes = split.classes
     rank, world = join(device)
-    micro_batch = args.micro_batch or train.batch_size // world
-    check_processes(args, module, start, world, micro_batch)
-    accumulate = train.batch_size // world // micro_batch
+    micro_batch = args.micro_batch or max(1, train.batch_size // world)
+    if train.batch_size % (world * micro_batch):
+        raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
+                        f"processes x micro-batch {micro_batch}")
+    passes = train.batch_size // (world * micro_batch)
 
-    # Model: `net` is what is trained, the model or its student.
+    # Model: `net` has the loss and is trained, the model itself or its student; `ddp` is `net`
+    # over all processes.
     if model is None:
-        model = build_model(name, config, split, train, sigma_at(train, 0), device)
+        config = dataclasses.replace(c, num_classes=split.num_classes)
+        model = new_model(name, config, split.train, train, device)
+    null = model.config.num_classes
     net = model.distiller() if state.distill else model
-    prepare_training(model, net, compiles(args, device, net, train), args.checkpointing)
-    ddp = parallel(net.train(), device, args.fsdp)
+    compiling = device.type == "cuda" if args.compile is None else args.compile
+    prepare_layers(net, compiling, args.checkpointing)
     params = [p for p in net.parameters() if p.requires_grad]
-    average = Average(params, train.ema) if train.ema else None
-    opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
-    restore(state, model, net, opts, out / "ckpt.pt")
+    ddp = parallel(net.train(), device)
 
-    run = Run(out, model, net, opts, average, state, args.keep, rank)
+    # What the loop uses.
+    opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
+    ema = EMA(params, train.ema) if train.ema else None
+    checkpoint = Checkpoint(out, model, opts, ema, state, args.keep, rank)
+    if state.step == 0:
+        checkpoint.save()  # what diverges before the first save can be looked at
+    else:
+        checkpoint.restore()  # of the optimizers and averages; load_run has the model
+    log = Log(out, state.step, train.steps, rank, args.tensorboard)
+    order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
+    source = batches(
+        split.train, batch_size=train.batch_size, start_step=state.step, seed=train.seed,
+        rank=rank, world=world, workers=args.workers, flip=train.flip, epoch_order=order)
     if rank == 0:
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{state.preset}: {size:.2f}M parameters, {len(split.indices)} images, steps {state.step} to "
+        print(f"data: {split.summary}")
+        print(f"{name} {state.preset}: {size:.2f}M parameters, steps {state.step} to "
               f"{train.steps}, {world} x {device}, {state.precision}, into {out}", flush=True)
-    if state.step == 0:
-        run.save()
-    log = Log(out, state.step, train.steps, args.tensorboard) if rank == 0 else None
-    source = batches(split.data, split.indices, global_batch=train.batch_size, start_step=state.step, seed=train.seed,
-                     rank=rank, world=world, workers=args.workers, flip=train.flip,
-                     images_per_item=getattr(config, "images_per_item", 1))
-    means, norm_sum, outliers, drawn = Means(), 0.0, 0, False
-    clock = Clock(state.step)
+        if compiling:
+            print("compiling the layers (about a minute)", flush=True)
 
-    with StopSignals() as stop, saving_on_error(run, world):
-        while state.step < train.steps and not stop.number:
-            step = state.step
-            sigma, lr = sigma_at(train, step), lr_at(train, step)
-            for group in (group for opt in opts for group in opt.param_groups):
-                group["lr"] = lr
+    with StopSignals() as stop, checkpoint.saving_on_error():
+        while state.step < train.steps and not stop.asked(device):
+            # 1. Learning rate and noise of this step.
+            sigma = noise_at(train, state.step)
+            lr = lr_at(train, state.step)
+            for opt in opts:
+                for group in opt.param_groups:
+                    group["lr"] = lr
 
-            # Gradients of the mean loss over the global batch.
+            # 2. Gradients of the mean loss over the global batch. `numbers` counts the images of
+            # the whole run: image j of step s has number s * batch_size + j.
+            images, labels, numbers = next(source)
             loss = torch.zeros((), device=device)
-            images, labels, uid = next(source)
-            for i in range(accumulate):
+            for i in range(passes):
                 part = slice(i * micro_batch, (i + 1) * micro_batch)
-                x = images[part].to(device, non_blocking=True)
-                y = dropped(labels[part], uid[part], train, config).to(device, non_blocking=True)
-                x = dequantize(x, train.noise, sigma, image_generators(train.seed, uid[part].tolist(), device))
-                generators = image_generators(train.seed + 1, uid[part].tolist(), device)
-                with training_precision(device, state.precision), accumulating(ddp, i + 1 < accumulate):
-                    terms = ddp(x, y, generators)
-                    check_terms(terms, len(x))
-                    mean = terms["loss"].mean() / accumulate
-                    mean.backward()
-                means.add(terms)
-                loss += mean.detach()
-
-            # Every process learns of a loss that is not finite, of a signal, and whether a first picture is due.
-            soon = not drawn and args.sample_every > 0 and clock.seconds() > 12
-            shared = torch.stack([loss, loss.new_tensor(float(stop.number)), loss.new_tensor(float(soon))])
-            loss, number, soon = mean_over_processes(shared).tolist()
-            stop.number = stop.number or (signal.SIGTERM if number else 0)
+                n = numbers[part]
+                pixels = images[part].to(device, non_blocking=True)
+                x = dequantize(pixels, train.noise, sigma, image_generators(train.seed, n, device))
+                y = drop_labels(labels[part], n, train, null).to(device, non_blocking=True)
+                generators = image_generators(train.seed + 1, n, device)  # apart from the noise's
+                with training_precision(device, state.precision):
+                    with accumulating(ddp, more=i + 1 < passes):
+                        terms = ddp(x, y, generators)
+                        part_loss = terms["loss"].mean() / passes
+                        part_loss.backward()
+                loss += part_loss.detach()
+                if train.noise == "uniform" and "nats_per_dim" in terms:
+                    terms["bits_per_dim"] = bits_per_dim(terms["nats_per_dim"])
+                log.add(terms)
+            loss = float(mean_over_processes(loss))
             if not math.isfinite(loss):
-                raise Diverged(f"step {step}: the loss is not finite ({loss}); {out / 'ckpt.pt'} holds step "
-                               f"{run.saved}; --resume from it with a new --seed, or start again with a lower --lr")
-            norm = torch.nn.utils.clip_grad_norm_(params, train.clip or math.inf)
-            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                raise Diverged(f"step {state.step}: the loss is not finite ({loss}); "
+                               f"{checkpoint.file} holds step {checkpoint.saved}: --resume from "
+                               "it with a new --seed, or start again with a lower --lr")
+            norm = float(torch.nn.utils.clip_grad_norm_(params, train.clip or math.inf))
 
-            # The step, unless the gradient is an outlier.
-            usual = statistics.median(state.norms) if len(state.norms) >= 50 else math.inf
-            if math.isfinite(norm) and (not train.guard or norm <= train.guard * usual):
+            # 3. The update, unless the gradient is an outlier.
+            limit = math.inf
+            if train.guard and len(state.norms) >= 50:
+                limit = train.guard * statistics.median(state.norms)
+            if math.isfinite(norm) and norm <= limit:
                 for opt in opts:
                     opt.step()
-                state.norms, outliers = (state.norms + [norm])[-100:], 0
-                if average:
-                    average.update(step + 1)
+                state.norms = (state.norms + [norm])[-100:]
+                state.outliers = 0
+                if ema is not None:
+                    ema.update(state.step + 1)
             else:
-                state.skipped, outliers = state.skipped + 1, outliers + 1
-                if outliers == 20:
-                    raise Diverged(f"step {step}: 20 steps in a row had gradient norms beyond {train.guard:g} x the "
-                                   f"usual {usual:.3g} (now {norm:.3g}) and were skipped: start again with a lower "
-                                   "--lr, or with --guard 0")
+                state.skipped += 1
+                state.outliers += 1
+                if state.outliers == 20:
+                    raise Diverged(f"step {state.step}: 20 steps in a row were skipped, their "
+                                   f"gradient norms (now {norm:.3g}) being not finite or above "
+                                   f"the limit of {limit:.3g}: start again with a lower --lr, or "
+                                   "with --guard 0")
             for opt in opts:
                 opt.zero_grad()
-            state.step = step = step + 1
-            norm_sum += norm
+            state.step += 1
 
-            # Report, save, look.
-            final = step == train.steps
-            if final or step in (1, 2, 5, 10, 20) or step % args.log_every == 0:
-                values = means.take()
-                steps, seconds, left = clock.report(step, train.steps)
-                if "nats_per_dim" in values and train.noise == "uniform":
-                    values |= bits_per_dim(values["nats_per_dim"])
-                values |= dict(images_per_s=steps * train.batch_size / seconds, grad_norm=norm_sum / steps)
-                values |= dict(lr=lr, sigma=sigma, skipped=state.skipped)
-                norm_sum = 0.0
-                if log:
-                    log.write(step, values, f"{duration(left)} left")
-            with clock.paused():
-                if final or step % args.save_every == 0:
-                    run.save()
-                draw = final or soon or (args.sample_every and step % args.sample_every == 0)
-                validate = final or (args.val_every and step % args.val_every == 0)
+            # 4. Log, save, draw.
+            step = state.step
+            last = step == train.steps
+            log.add({"grad_norm": torch.tensor(norm, device=device)})
+            if last or step in (1, 2, 5, 10, 20) or step % args.log_every == 0:
+                log.report(step, train.batch_size, dict(lr=lr, sigma=sigma, skipped=state.skipped))
+            with log.paused():
+                if last or step % args.save_every == 0:
+                    checkpoint.save()
+                draw = last or (args.sample_every and step % args.sample_every == 0)
+                validate = last or (args.val_every and step % args.val_every == 0)
                 if draw or validate:
-                    look(run, log, split, train, module, draw, validate)
-                    drawn = drawn or draw
-        if state.step > run.saved:
-            run.save()
+                    validate_and_draw(model, split, train, state, ema, log, out, draw, validate)
+                    net.train()
+        if state.step > checkpoint.saved:
+            checkpoint.save()
     leave()
     if stop.number:
-        print(f"stopped at step {state.step}, saved; go on with: python train.py --resume --out {out}", file=sys.stderr)
+        if rank == 0:
+            print(f"stopped at step {state.step}, saved; go on with: python train.py --resume "
+                  f"--out {out}", file=sys.stderr)
         sys.exit(128 + stop.number)
+    if rank == 0:
+        print(f"done: see {out / 'samples.png'}; more samples with: python sample.py {out}")
+
+
+def absolute(data: str) -> str:
+    """The place of the data as an absolute path, so that a run resumes from any folder."""
+    if data.partition(":")[0] in ("digits", *KNOWN):
+        return data
+    path = expanded(data)
+    return str(path.resolve()) if path.exists() else data
+
+
+def new_model(name: str, config, dataset, train: Train, device: torch.device) -> torch.nn.Module:
+    """A model from the seed, fitted to up to 4,000 training images with the first noise."""
+    torch.manual_seed(train.seed)
+    model = build(name, config)
+    if hasattr(model, "fit"):
+        places = np.linspace(0, len(dataset) - 1, min(len(dataset), 4000)).astype(np.int64)
+        images, _ = dataset.batch(places)
+        generators = image_generators(train.seed, places, torch.device("cpu"))
+        model.fit(dequantize(images, train.noise, noise_at(train, 0), generators))
+    return model.to(device)
+
+
+def validate_and_draw(model, split, train: Train, state: RunState, ema: EMA | None, log: Log,
+                      out: Path, draw: bool, validate: bool) -> None:
+    """Held-out likelihood and samples.png, with averaged weights where they are kept.
+
+    All processes share the work. The likelihood is of up to 500 held-out images with the last
+    noise, so it falls below the training loss while the noise is still higher.
+    """
+    model.eval()
+    likelihood = hasattr(model, "log_prob") and train.noise != "none" and not state.distill
+    with ema.applied() if ema is not None else contextlib.nullcontext():
+        if validate and likelihood and split.held_out is not None:
+            values = evaluate(model, split.held_out, train.noise, train.noise_end, num=500)
+            log.write(state.step, {f"val_{key}": value for key, value in values.items()})
+        if draw:
+            picture = sample_grid(model, train.seed, state.classes)
+            if picture is not None:
+                write_file(out / "samples.png", lambda file: picture.save(file, "PNG"))
+
+
+# ----------------------------------------------------------------------------- evaluation
+def evaluate_run(args, module, device: torch.device) -> None:
+    """--eval: likelihood of what the run held out, or of the test split; or of other data."""
+    free = ("data", "enlarge", "holdout", "noise", "noise_end")
+    fixed = [*given(args, module.Config), *(set(given(args, Train)) - set(free))]
+    if fixed or args.preset:
+        raise UserError(f"--eval: got {', '.join(sorted(fixed)) or 'preset'}; only "
+                        f"{', '.join(free)} can be chosen, all else is as in its checkpoint")
+    model, state = load_run(args.eval, device)
+    train = dataclasses.replace(Train(**state.training), **given(args, Train))
+
+    def split_of(holdout: int):
+        c = model.config
+        return open_split(
+            train.data, c.image_size, c.channels, holdout, train.enlarge, classes=state.classes,
+            num_classes=c.num_classes, own=getattr(module, "open_images", None))
+
+    holdout = train.holdout
+    if args.data is not None and args.holdout is None:
+        if split_of(0).digest != state.digest:  # other images than those of the run
+            holdout = 0
+    split = split_of(holdout)
+    dataset = split.train if split.held_out is None else split.held_out
+    rank, _ = join(device)
+    if rank == 0:
+        print(f"data: {split.summary}; evaluated: {len(dataset)} images", file=sys.stderr)
+    result = evaluate(model, dataset, train.noise, train.noise_end, quiet=rank > 0)
+    leave()
+    if rank == 0:
+        if split.held_out is None and split.digest == state.digest:
+            warn("the run held nothing out (--holdout), so this is the likelihood of its training "
+                 "images")
+        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

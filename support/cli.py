@@ -1,39 +1,28 @@
-"""What every script shares with its user: flags, errors of one line, progress, files written whole or not at all.
-
-Imports nothing heavy, so that a script can import it before torch: from then until `run_script`, Ctrl-C ends the
-process without a traceback.
-"""
+"""What scripts share with their users: flags, one-line errors, progress, files written whole."""
 import argparse
+import contextlib
 import dataclasses
-import json
 import os
-import signal
 import sys
 import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-if Path(sys.argv[0]).resolve().is_relative_to(REPOSITORY):  # one of our scripts, not somebody's import
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-
+# ----------------------------------------------------------------------------- errors
 class UserError(ValueError):
-    """Something the user can mend. The message says what was got, what was expected and what to do."""
+    """An error the user can fix. The message says what was got, what was expected, what to do."""
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:
-    """Runs a script's main(argv): what the user can mend is one line on stderr and exit code 2.
+    """Runs a script's main(argv). An error the user can fix is one line on stderr and exit code 2.
 
-    FARMER_DEBUG=1 shows the traceback instead.
-    Models and torch raise plain ValueErrors for bad values, hence the wide net.
+    Models raise plain ValueErrors for bad settings, so those count too. Any other exception is a
+    bug and keeps its traceback; FARMER_DEBUG=1 shows the traceback of every error.
     """
-    name = Path(sys.argv[0]).name
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(argv)
     except KeyboardInterrupt:
@@ -41,12 +30,13 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+    except (ValueError, OSError) as error:
         if os.environ.get("FARMER_DEBUG"):
             raise
-        print(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, UserError):
+            message += " (FARMER_DEBUG=1 shows where)"
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -55,20 +45,38 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; at most 200 characters."""
+    """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
 
-# ------------------------------------------------------------------------------------------ flags
+@contextlib.contextmanager
+def reading(path: str | Path, advice: str) -> Iterator[None]:
+    """The boundary around a file that somebody else wrote.
+
+    Whatever a library raises while `path` is read becomes one UserError with the file's name, the
+    cause and `advice`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path}: cannot be read ({cause}); {advice}") from error
+
+
+# ----------------------------------------------------------------------------- flags
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, no abbreviated flags, and --some_flag read as --some-flag."""
+    """argparse with errors of one line, no abbreviated flags, and --some_flag = --some-flag."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([dashed(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args([dashed(a) for a in arguments], namespace)
 
     def error(self, message):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
@@ -88,8 +96,21 @@ def flag_of(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def at_least(kind: type, least: float) -> Callable:
+    """A `type` for argparse: a number of this kind that is not below `least`."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return convert
+
+
 def value_types(cls: type) -> dict[str, type]:
-    """The type of each field's values: int for `int` and for `int | None`, also where annotations are strings."""
+    """The type of each field of a dataclass: int for `int` and for `int | None`."""
     found = {}
     for name, kind in typing.get_type_hints(cls).items():
         if isinstance(kind, types.UnionType):
@@ -99,71 +120,62 @@ def value_types(cls: type) -> dict[str, type]:
 
 
 def add_fields(group, cls: type, defaults=None) -> None:
-    """One flag for each field of a dataclass, with its help text, choices and default; one not given reads None.
+    """One flag for each field of a dataclass, with its help text and choices from the metadata.
 
-    defaults: an instance whose values are shown instead of the class's. Fields that are dataclasses get no flag.
-    Raises UserError where a field has the name of a flag that the parser has already.
+    A flag that is not given reads None. The help shows the values of `defaults`, an instance.
+    Fields that are dataclasses themselves get no flag. Raises UserError where a field has the name
+    of a flag that the script has already.
     """
     kinds = value_types(cls)
-    for f in dataclasses.fields(cls):
-        kind = kinds[f.name]
+    for field in dataclasses.fields(cls):
+        kind = kinds[field.name]
         if dataclasses.is_dataclass(kind):
             continue
-        default = f.default if defaults is None else getattr(defaults, f.name)
-        text = f"{f.metadata.get('help', '')} (default: {'none' if default is None else default})".lstrip()
-        options = dict(dest=f.name, default=None, help=text.replace("%", "%%"))
+        text = field.metadata.get("help", "").replace("%", "%%")
+        default = field.default if defaults is None else getattr(defaults, field.name)
+        options = dict(dest=field.name, default=None, help=f"{text} (default: {default})")
         if kind is bool:
-            options |= dict(action=argparse.BooleanOptionalAction)
-        elif f.metadata.get("choices"):
-            options |= dict(choices=f.metadata["choices"])
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= dict(type=kind, metavar=kind.__name__.upper())
+            options["type"] = kind
+            options["choices"] = field.metadata.get("choices") or None
+            options["metavar"] = None if options["choices"] else kind.__name__.upper()
         try:
-            group.add_argument(flag_of(f.name), **options)
+            group.add_argument(flag_of(field.name), **options)
         except argparse.ArgumentError:
-            place = f"{cls.__module__}.{cls.__name__}"
-            raise UserError(f"{place}: its field {f.name} has the name of a flag of this script; rename it") from None
+            raise UserError(f"{cls.__module__}.{cls.__name__}: its field {field.name} has the name "
+                            "of a flag of this script; rename it") from None
 
 
 def given(args: argparse.Namespace, cls: type) -> dict:
     """The fields of a dataclass that the command line sets."""
-    values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cls)}
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def at_least(args: argparse.Namespace, **bounds: float) -> None:
-    """Raises UserError for an argument that is below its bound (None, not given, passes)."""
-    for name, least in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"{flag_of(name)}: got {value}, expected at least {least}")
-
-
-def at_most(args: argparse.Namespace, **bounds: float) -> None:
-    """Likewise for an argument that is above its bound."""
-    for name, most in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not value <= most:
-            raise UserError(f"{flag_of(name)}: got {value}, expected at most {most}")
-
-
-# ------------------------------------------------------------------------------------------ progress
+# ----------------------------------------------------------------------------- progress
 class Progress:
-    """One line on stderr, rewritten in a terminal, with the time left; nothing in the first two seconds."""
+    """One line on stderr with the time left, rewritten in a terminal; silent for two seconds."""
 
     def __init__(self, what: str, total: int, quiet: bool = False):
-        self.what, self.total, self.quiet = what, total, quiet
-        self.start, self.last = time.time(), 0.0
+        self.what = what
+        self.total = total
+        self.quiet = quiet
+        self.start = time.time()
+        self.last = 0.0
 
     def __call__(self, done: int) -> None:
-        now, terminal = time.time(), sys.stderr.isatty()
-        soon = now - self.last < (0.5 if terminal else 30) and done < self.total
+        now = time.time()
+        terminal = sys.stderr.isatty()
+        pause = 0.5 if terminal else 30
+        soon = now - self.last < pause and done < self.total
         if self.quiet or soon or now - self.start < 2:
             return
         self.last = now
         left = duration((now - self.start) / max(done, 1) * (self.total - done))
         end = "\r" if terminal and done < self.total else "\n"
-        print(f"{self.what} {done}/{self.total}, {left} left", end=end, file=sys.stderr, flush=True)
+        line = f"{self.what} {done}/{self.total}, {left} left"
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -174,71 +186,54 @@ def duration(seconds: float) -> str:
     return f"{s // 60}:{s % 60:02d}"
 
 
-# ------------------------------------------------------------------------------------------ files
+# ----------------------------------------------------------------------------- files
 def expanded(path: str | Path) -> Path:
-    """The path with ~ as the home directory; ~nobody stays as it is, where Path.expanduser raises."""
+    """The path with ~ as the home directory."""
     return Path(os.path.expanduser(path))
 
 
 def write_file(path: str | Path, write: Callable) -> None:
-    """write(binary file object) into a temporary file that then takes the name `path`: never a half-written result.
+    """write(binary file object) into a temporary file that then takes the name `path`.
 
-    Raises UserError when that cannot be done; an older file of that name is then untouched.
+    So there is never a half-written file. Raises UserError when it cannot be written; an older
+    file of that name is then untouched.
     """
-    path, temporary = expanded(path), None
+    path = expanded(path)
+    temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # Python can read the umask only by setting it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as e:
-        why = e.strerror or e
-        raise UserError(f"{path}: cannot be written ({why}); free some space or choose another place") from e
+    except OSError as error:
+        cause = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({cause}); free some space or choose another "
+                        "place") from error
     finally:
         if temporary and os.path.exists(temporary):
             os.remove(temporary)
 
 
-def write_json(path: str | Path, value) -> None:
-    write_file(path, lambda f: f.write(json.dumps(value).encode()))
-
-
-def current_umask() -> int:
-    """Python can read the umask only by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def check_writable(flag: str, path: str | Path) -> Path:
-    """The path, ~ expanded, after a look that a file can be made there: before the work, not after it."""
+    """The path, ~ expanded, once it is clear that a file can be made there: before the work."""
     path = expanded(path)
     if path.is_dir():
-        raise UserError(f"{flag}: got {path}, which is a directory; expected the name of a file")
+        raise UserError(f"{flag}: got {path}, which is a folder; expected the name of a file")
     if not path.parent.is_dir():
-        raise UserError(f"{flag}: {path.parent} is not a directory; create it first")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as e:
-        raise UserError(f"{flag}: {path} cannot be written ({e.strerror}); choose another place") from e
+        raise UserError(f"{flag}: {path.parent} is not a folder; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag}: {path.parent} cannot be written to; choose another place")
     return path
 
 
 def cache_directory() -> Path:
-    """Where downloads and listings are kept: $XDG_CACHE_HOME/farmer, else ~/.cache/farmer."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farmer"
-
-
-def check_memory(needed: float, what: str) -> None:
-    """Raises UserError when `needed` bytes are more than this machine has."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return  # Windows: unknown
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > have:
-        needed = min(needed, 2**80)  # larger ones do not even fit a float
-        raise UserError(f"{what} needs about {needed / 2**30:,.1f} GiB of memory and this machine has "
-                        f"{have / 2**30:,.1f} GiB; choose smaller sizes")
+    """Where downloads are kept: $XDG_CACHE_HOME/farmer, else ~/.cache/farmer."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise UserError("there is no home folder to keep downloads in; set XDG_CACHE_HOME")
+    return Path(base) / "farmer"

@@ -1,376 +1,716 @@
-"""Data sets by name (downloaded once, checked by hash) and their file formats: MNIST-style idx and CIFAR-10's archives.
+"""Where images come from: sets by name, folders, zips, .npz files, idx files, CIFAR-10's archive.
 
-A split is read as (images (N, H, W) or (N, H, W, C) uint8, labels (N,) uint8, class names or None).
-No file is unpickled: CIFAR-10's python archive goes through an unpickler that makes plain values alone.
+`open_images` lists a source, `Images.read` decodes and crops one image. What is read is said in one
+line (`Images.summary`) and never guessed: a layout that is not one of these is an error that shows
+what was found.
+
+    folder or .zip   images alone (no labels) or class folders; either also under train/ and test/
+                     or val/. A dataset.json (StyleGAN's and EDM's format) gives the labels instead
+    .npz             `images` (N, H, W) or (N, H, W, C) uint8 and `labels` (N,); or arr_0 and arr_1
+    folder of .npy   images.npy, labels.npy and classes.json, as `batches.py prepare` writes them
+    folder or .zip   with MNIST's idx files, .gz or not, or CIFAR-10's binary batches; its .tar.gz
+
+Folders around all of it are stepped into. A folder without images is no class.
 """
+import functools
 import gzip
 import hashlib
-import http.client
 import io
-import math
+import itertools
+import json
 import os
-import pickle
+import re
 import struct
 import tarfile
 import urllib.request
+import warnings
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from support.cli import Progress, UserError, cache_directory
-from support.processes import Turn, one_at_a_time
+from support.cli import Progress, UserError, cache_directory, expanded, reading, warn, write_file
 
-LARGEST = 2**32  # bytes of one array: a damaged header must not claim the whole memory
-LARGEST_BATCH = 2**30  # bytes of one file in an archive
-TIMEOUT = 30  # seconds without a byte
-BLOCK = 2**16
+IMAGE = re.compile(r"[^/]+\.(jpg|jpeg|jpe|jfif|png|webp|bmp|gif|tif|tiff|p[bgnp]m)", re.I | re.S)
+IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+CIFAR = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
+CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
+TABLES = ("images.npy", "dataset.json", CIFAR_ARCHIVE)
+LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
+          "under train/ and under test/ or val/: move the others away")
+
+# Damaged EXIF and the like; what keeps an image from being read raises an error.
+warnings.filterwarnings("ignore", module="PIL")
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # colour profiles may be larger than Pillow's 1 MiB
 
 
+# ----------------------------------------------------------------------------- one image
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB, upright by its EXIF orientation; transparent parts are white.
+
+    16-bit pixels are divided by 256. ValueError where their range is unknown.
+    """
+    deep = image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; convert them to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own convert() would clip it at 255
+        grey = np.asarray(image).astype(np.int64)
+        clear = grey == image.info.get("transparency", -1)
+        grey = np.where(clear, 65535, grey.clip(0, 65535))
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    elif image.has_transparency_data:  # convert("RGB") would show the colours behind them
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    rgb = image.convert("RGB")
+    if deep and not rgb.getbbox():
+        raise ValueError("16 bits a pixel and all of them black, as if the file held values of 0 "
+                         "to 255; convert it to 8 bits")
+    return rgb
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central size x size pixels as ADM cuts them.
+
+    Box filters halve the image while its short side is >= 2 size, then comes a bicubic filter.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+# ----------------------------------------------------------------------------- many images
+@dataclass(eq=False)
+class Images:
+    """The images of one source in a fixed order: by name for files, as stored for arrays."""
+
+    path: str  # the folder that `names` are in
+    names: list[str]
+    labels: np.ndarray | None = None  # (N,) int64
+    classes: list[str] | None = None  # the name of each label; None: labels are numbers
+    array: np.ndarray | None = None  # (N, H, W, C) uint8, C 1 or 3, where there are no files
+    enlarge: bool = False  # images smaller than the crop are enlarged
+    test: str | None = None  # the source of the test split, where there is one beside this
+    ignored: str = ""  # what else was found
+    files: list | None = None  # where each image is stored; None: in the folder `path`
+
+    def __len__(self):
+        return len(self.names)
+
+    def stored(self, i: int) -> bytes:
+        """Image i as it is stored: its pixels or its file."""
+        if self.array is not None:
+            return self.array[i].tobytes()
+        file = self.files[i] if self.files else os.path.join(self.path, self.names[i])
+        return read_file(file)
+
+    def read(self, i: int, size: int | None = None, channels: int = 3) -> np.ndarray:
+        """Image i as uint8 RGB (H, W, 3), or with `size` its centre crop (size, size, channels).
+
+        One channel is luminance. A broken or too small image is a UserError that names it.
+        """
+        name = os.path.join(self.path, self.names[i])
+        with reading(name, "replace or remove it"):
+            if self.array is None:
+                image = Image.open(io.BytesIO(self.stored(i)))
+            else:
+                pixels = self.array[i]
+                image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            image = to_rgb(image)
+        if size and min(image.size) < size and not self.enlarge:
+            raise UserError(f"{name} is {image.width}x{image.height} pixels, smaller than "
+                            f"image_size {size}; remove it, lower image_size or pass --enlarge")
+        if size:
+            image = center_crop(image, size)
+        if channels == 1:
+            return np.array(image.convert("L"))[..., None]
+        return np.array(image)
+
+    def summary(self, test: "Images | None" = None) -> str:
+        """What was read, in one line: the images, their classes, and what was ignored.
+
+        test: the opened test split, whose number of images is then named too.
+        """
+        sizes = {self.read(i).shape[:2] for i in spread(len(self), 8)}
+        height, width = min(sizes)
+        size = f"{width}x{height}" if len(sizes) == 1 else "of several sizes"
+        text = f"{counted(self, 'image')} {size} {self.classes_text()}, from {self.path}"
+        if self.test:
+            text += f"; test split: {self.test}"
+        if test:
+            text += ", " + counted(test, "image")
+        if self.ignored:
+            text += f"; ignored: {self.ignored}"
+        return text
+
+    def classes_text(self) -> str:
+        if self.labels is None:
+            return "without labels"
+        each = []
+        for label, count in zip(*np.unique(self.labels, return_counts=True), strict=True):
+            each.append(f"{self.classes[label] if self.classes else f'class {label}'} {count}")
+        return f"in {len(each)} class{'es' * (len(each) > 1)} ({shortened(each, 12)})"
+
+    def digest(self) -> str:
+        """A hash that tells which set this is, wherever it lies: names, labels and a sample.
+
+        The sample is evenly spread; of a small set it is all images.
+        """
+        labels = [] if self.labels is None else self.labels.tolist()
+        shape = [] if self.array is None else self.array.shape[1:]
+        state = hashlib.sha256(json.dumps([self.names, labels, shape]).encode())
+        for i in spread(len(self), 512):
+            state.update(self.stored(i))
+        return state.hexdigest()
+
+
+def spread(n: int, count: int) -> np.ndarray:
+    """Up to `count` different numbers in [0, n), evenly spaced, the first and the last included."""
+    return np.linspace(0, n - 1, min(n, count)).astype(np.int64)
+
+
+def shortened(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
+def counted(things, name: str) -> str:
+    """2 things -> "2 images"."""
+    return f"{len(things):,} {name}" + "s" * (len(things) != 1)
+
+
+def array_images(path: str, array, labels=None, classes: list[str] | None = None) -> Images:
+    """Images from an array (N, H, W) or (N, H, W, C) uint8 with labels (N,) or None."""
+    shape = array.shape
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in shape:
+        raise UserError(f"{path}: images are {array.dtype} {shape}; expected uint8 (N, H, W) or "
+                        "(N, H, W, C) with C 1 or 3; convert them")
+    names = [f"image {i}" for i in range(len(array))]
+    if labels is not None:
+        labels = check_labels(path, labels, len(names), len(classes or []))
+    return Images(path, names, labels, classes, array)
+
+
+# ----------------------------------------------------------------------------- labels
+def check_labels(path: str, labels, num: int, num_classes: int = 0) -> np.ndarray:
+    """Labels as (num,) int64; UserError for anything but whole numbers from 0 to num_classes - 1.
+
+    num_classes 0: there is no upper bound.
+    """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != (num,):
+        raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}; expected {num} whole "
+                        "numbers, one for each image")
+    low, high = int(labels.min()), int(labels.max())
+    top = num_classes or 2**31
+    if low < 0 or high >= top:
+        advice = "correct them, or --num-classes"
+        if low == 1:
+            advice = "subtract 1 from each, or give --num-classes if there is a class 0 too"
+        raise UserError(f"{path}: labels go from {low} to {high}, expected 0 to {top - 1}; "
+                        f"{advice}")
+    return labels.astype(np.int64)
+
+
+def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> Images:
+    """The images with the labels of a model that has these classes; num_classes 0: with none.
+
+    By name where both have names. Numbers stay as they are: they are never shifted. UserError
+    where the labels do not fit the model. classes None or []: the model's classes are numbers.
+    """
+    labels = images.labels
+    if num_classes == 0:
+        return replace(images, labels=None, classes=None)
+    if labels is None and images.classes and classes:  # all images lie in one folder: a class
+        labels = np.zeros(len(images), np.int64)
+    if labels is None:
+        raise UserError(f"{images.path} has no labels, but num_classes is {num_classes}; expected "
+                        "class folders, or an array `labels`")
+    if images.classes:
+        names = [images.classes[label] for label in np.unique(labels)]
+        if classes:
+            number = {name: k for k, name in enumerate(classes)}
+        else:  # folders called 0, 1, ... are numbers too
+            number = {name: int(name) for name in names if name.isdecimal()}
+        unknown = [name for name in names if name not in number]
+        if unknown:
+            known = shortened(classes or [str(k) for k in range(num_classes)])
+            raise UserError(f"{images.path} has classes that the model has not: "
+                            f"{shortened(unknown)}; expected {known}: rename or remove them")
+        labels = np.array([number.get(name, -1) for name in images.classes])[labels]
+    labels = check_labels(images.path, labels, len(images), num_classes)
+    return replace(images, labels=labels, classes=classes or None)
+
+
+# ----------------------------------------------------------------------------- sources
+def open_images(
+    source: str,
+    size: int | None = None,
+    channels: int = 3,
+    enlarge: bool = False,
+    own: Callable | None = None,
+) -> Images:
+    """The images of `source`: of a set with two splits the training split, unless it ends in :test.
+
+    A known name is always the set of that name; ./digits is a folder. size and channels are needed
+    to draw the digits alone. own: `open_images` of a model's file, for formats of its own.
+    """
+    images = own(source) if own else None
+    if images is not None:
+        return replace(images, enlarge=images.enlarge or enlarge)
+    name, split = source, ""
+    if source.endswith((":train", ":test")) and not os.path.exists(source):
+        name, _, split = source.rpartition(":")
+    known = f"{', '.join(['digits', *KNOWN])}, or a folder, .zip or .npz of images"
+    path = str(expanded(name))
+    if name in ("digits", *KNOWN):
+        if os.path.exists(name) and not split:
+            warn(f"{name} is the data set of that name; write ./{name} for the one in this folder")
+    elif not name or not os.path.exists(path):
+        raise UserError(f"--data: {name or 'an empty name'} does not exist; expected {known}")
+    if name == "digits":
+        images = digits(500 if split == "test" else 4000, size, channels, int(split == "test"))
+        return replace(images, test=None if split else "digits:test")
+    if name in KNOWN:
+        parts = read_folder(list_folder(fetch(name)))
+        for part in parts.values():
+            part.path = name
+            part.classes = KNOWN[name].classes
+    else:
+        with reading(path, f"expected {known}"):
+            parts = read_path(path)
+    chosen = split or ("train" if "train" in parts else "")
+    if chosen not in parts:
+        there = " or ".join(f"{name}:{part}" if part else name for part in parts)
+        raise UserError(f"{source} has no training split, or none of that name; write {there}")
+    images = replace(parts[chosen], enlarge=enlarge)
+    if len(parts) == 2 and not split:
+        images.test = f"{name}:test"
+    return images
+
+
+def read_path(path: str) -> dict[str, Images]:
+    """The splits of a file or folder: train and test, or one without a name."""
+    name = path.lower()
+    if os.path.isdir(path):
+        return read_folder(list_folder(path))
+    if name.endswith(".zip"):
+        return read_folder(list_zip(path))
+    if name.endswith((".tar.gz", ".tgz", ".tar")):
+        return read_cifar(list_tar(path))
+    with np.load(path, allow_pickle=False) as arrays:
+        return {"": read_arrays(path, dict(arrays))}
+
+
+def read_arrays(path: str, arrays: dict, classes: list[str] | None = None) -> Images:
+    """Images from arrays with the names that an .npz gives them."""
+    pixels = "images" if "images" in arrays else "arr_0"
+    labels = "labels" if "labels" in arrays or pixels == "images" else "arr_1"
+    if pixels not in arrays:
+        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}; expected `images` (uint8) "
+                        "and `labels`; rename its arrays")
+    images = array_images(path, arrays.pop(pixels), arrays.pop(labels, None), classes)
+    for name, other in arrays.items():
+        scores = other.dtype.kind == "f" and (other % 1).any()
+        if other.shape[:1] == (len(images),) and not scores:
+            raise UserError(f"{path}: its array {name} has an entry for each image and is not "
+                            "read; call it labels if it holds the labels, or else remove it")
+    images.ignored = ", ".join(f"array {name}" for name in arrays)
+    return images
+
+
+# ----------------------------------------------------------------------------- files
+@dataclass
+class Folder:
+    """A folder on disk or in an archive. Files map to where they are stored: see `read_file`."""
+
+    path: str
+    files: dict[str, str | tuple | bytes] = field(default_factory=dict)
+    folders: dict[str, "Folder"] = field(default_factory=dict)
+
+    def images(self, prefix: str = "") -> dict:
+        """All images in it, at any depth, sorted by name."""
+        found = {prefix + name: file for name, file in self.files.items() if IMAGE.fullmatch(name)}
+        for name, folder in self.folders.items():
+            found |= folder.images(f"{prefix}{name}/")
+        return dict(sorted(found.items()))
+
+    def unexpected(self) -> UserError:
+        """The error for a layout that is not one of ours: it shows what is there."""
+        found = list(self.files)[:2]
+        for name, folder in self.folders.items():
+            inner = " in " + counted(folder.folders, "folder") if folder.folders else ""
+            found.append(f"{name}/ ({counted(folder.images(), 'image')}{inner})")
+        return UserError(f"{self.path} holds {shortened(found)}; {LAYOUT}")
+
+
+def read_file(file: str | tuple | bytes) -> bytes:
+    """A file by its path, by the path of a zip and its name in there, or the content itself."""
+    if isinstance(file, bytes):
+        return file
+    if isinstance(file, tuple):
+        return open_zip(file[0], os.getpid()).read(file[1])
+    return Path(file).read_bytes()
+
+
+def list_folder(path: str | Path, above: tuple = ()) -> Folder:
+    """A folder on disk. A link to a folder that it lies in, those in `above`, is not followed."""
+    folder = Folder(str(path))
+    real = os.path.realpath(path)
+    if real in above or is_hidden(os.path.basename(path)) and above:
+        return folder
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        if entry.is_dir():
+            folder.folders[entry.name] = list_folder(entry.path, (*above, real))
+        else:
+            folder.files[entry.name] = entry.path
+    return folder
+
+
+@functools.lru_cache(maxsize=4)
+def open_zip(path: str, process: int) -> zipfile.ZipFile:
+    """The archive, opened once in each process: forked ones would share its place in the file."""
+    return zipfile.ZipFile(path)
+
+
+def list_zip(path: str) -> Folder:
+    """A zip. \\ in its names is read as /; empty parts, . and a leading / are left out."""
+    open_zip.cache_clear()
+    root = Folder(path)
+    for stored in sorted(open_zip(path, os.getpid()).namelist()):
+        *parts, name = stored.replace("\\", "/").split("/")
+        folder = root
+        for part in parts:
+            if part not in ("", "."):
+                new = Folder(f"{folder.path}/{part}")
+                folder = folder.folders.setdefault(part, new)
+        if name:
+            folder.files[name] = (path, stored)
+    return root
+
+
+def list_tar(path: str) -> Folder:
+    """CIFAR-10's batches in a tar."""
+    folder = Folder(path)
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = os.path.basename(member.name)
+            if member.isfile() and CIFAR.fullmatch(name):
+                folder.files[name] = archive.extractfile(member).read()
+    return folder
+
+
+def is_hidden(name: str) -> bool:
+    """Whether systems, storage boxes and archivers leave such names behind: .git, @eaDir."""
+    return name.startswith((".", "_", "@", "$")) or name in ("Thumbs.db", "lost+found")
+
+
+def is_data(name: str) -> bool:
+    return bool(IMAGE.fullmatch(name) or IDX.fullmatch(name) or CIFAR.fullmatch(name)
+                or name in TABLES)
+
+
+def sift(folder: Folder, left_out: list[str], others: list[str], place: str = "") -> None:
+    """Takes away what is no data: hidden names, the runs of train.py, empty folders, other files.
+
+    left_out and others are told of folders and files. A run is a folder with ckpt.pt or log.jsonl.
+    """
+    if "ckpt.pt" in folder.files or "log.jsonl" in folder.files:
+        left_out.append(f"run {place.rstrip('/') or '.'}")
+        folder.files = {}
+        folder.folders = {}
+    for name, inner in list(folder.folders.items()):
+        told = len(left_out)
+        if not is_hidden(name):
+            sift(inner, left_out, others, f"{place}{name}/")
+        if is_hidden(name) or not (inner.files or inner.folders):
+            del folder.folders[name]
+            if told == len(left_out):
+                left_out.append(f"folder {place}{name}")
+    for name in list(folder.files):
+        if is_hidden(name) or not is_data(name) and "images.npy" not in folder.files:
+            del folder.files[name]
+            if IMAGE.fullmatch(name) or not is_hidden(name):
+                others.append(name)
+
+
+# ----------------------------------------------------------------------------- layouts
+def read_folder(root: Folder) -> dict[str, Images]:
+    """The splits in a folder or an archive: train and test, or one without a name."""
+    left_out = []
+    others = []
+    sift(root, left_out, others)
+    if others:
+        endings = {os.path.splitext(name)[1] or name for name in others}
+        hidden = " with hidden names" * any(map(IMAGE.fullmatch, others))
+        left_out.insert(0, f"{counted(others, 'file')} ({shortened(sorted(endings))}){hidden}")
+    if not (root.files or root.folders):
+        found = ", ".join(left_out) or "nothing"
+        raise UserError(f"{root.path} holds no images but {found}; {LAYOUT}")
+    folder = stepped_into(root)
+    tables = [name for name in folder.files if not IMAGE.fullmatch(name)]
+    if tables and folder.folders and tables != ["dataset.json"]:
+        raise folder.unexpected()
+    if any(map(IDX.fullmatch, tables)):
+        parts = read_idx(folder)
+    elif any(map(CIFAR.fullmatch, tables)):
+        parts = read_cifar(folder)
+    elif CIFAR_ARCHIVE in tables:
+        parts = read_cifar(list_tar(folder.files[CIFAR_ARCHIVE]))
+    else:
+        parts = {}
+        for split, part in split_folders(folder, left_out).items():
+            parts[split] = read_part(stepped_into(part))
+        classes = [name for part in parts.values() for name in part.classes or []]
+        classes = list(dict.fromkeys(classes))
+        if len(classes) > 1:  # the same numbers in both splits
+            parts = {k: labels_for(part, classes, len(classes)) for k, part in parts.items()}
+    for part in parts.values():
+        part.ignored = ", ".join(filter(None, [*left_out, part.ignored]))
+    return parts
+
+
+def stepped_into(folder: Folder) -> Folder:
+    """Without the folders around it; a single folder of images is not stepped into."""
+    while len(folder.folders) == 1 and not folder.files:
+        inner = next(iter(folder.folders.values()))
+        if all(map(IMAGE.fullmatch, inner.files)) and not inner.folders:
+            break
+        folder = inner
+    return folder
+
+
+def split_folders(folder: Folder, left_out: list[str]) -> dict[str, Folder]:
+    """{"train": folder, "test": folder} where there are such folders, else {"": folder}."""
+    names = list(folder.folders)
+    train = [name for name in names if name.lower() == "train"]
+    val = [name for name in names if name.lower() == "val"]
+    test = [name for name in names if name.lower() == "test"] or val
+    unread = set(names).difference(train, test)
+    if len(train) == len(test) == 1 and unread <= set(val) and not folder.files:
+        left_out.extend(f"folder {name}" for name in unread)
+        return {"train": folder.folders[train[0]], "test": folder.folders[test[0]]}
+    like_splits = [name for name in names if re.search("train|test|val|dev", name, re.I)]
+    if train and test or len(like_splits) == len(names) > 1:
+        raise folder.unexpected()
+    return {"": folder}
+
+
+def read_part(folder: Folder) -> Images:
+    """The images of one split."""
+    if "images.npy" in folder.files:
+        files = [Path(file) for name, file in folder.files.items() if name.endswith(".npy")]
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in files}
+        classes = json.loads(read_file(folder.files.get("classes.json", b"null")))
+        return read_arrays(folder.path, arrays, classes)
+    found = folder.images()
+    images = Images(folder.path, list(found), files=list(found.values()))
+    if "dataset.json" in folder.files:
+        images.labels = json_labels(folder, images.names)
+    elif folder.folders:
+        deeper = any(inner.folders for inner in folder.folders.values())
+        if deeper or folder.files or are_shards(images.names):
+            raise folder.unexpected()
+        images.classes = in_order(folder.folders)
+        if len(images.classes) > 1:  # of a single folder the name may say nothing
+            number = {name: k for k, name in enumerate(images.classes)}
+            images.labels = np.array([number[name.split("/")[0]] for name in images.names])
+    return images
+
+
+def in_order(names) -> list[str]:
+    """Sorted; by number where all of them are numbers."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def are_shards(names: list[str]) -> bool:
+    """Whether folders are parts of one set: 00000/00999.png is followed by 01000/01000.png."""
+    found = [re.fullmatch(r"\d{3,}/.*?(\d+)\.\w+", name) for name in names]
+    if not all(found) or names[0].split("/")[0] == names[-1].split("/")[0]:
+        return False
+    numbers = [int(match[1]) for match in found]
+    return all(first < second for first, second in itertools.pairwise(numbers))
+
+
+def json_labels(folder: Folder, names: list[str]) -> np.ndarray | None:
+    """The labels in dataset.json, {"labels": [[name, label], ...]}; null: there are none."""
+    path = f"{folder.path}/dataset.json"
+    with reading(path, 'expected {"labels": [[name, label], ...]} with all images; correct it'):
+        pairs = json.loads(read_file(folder.files["dataset.json"]))["labels"]
+        if pairs is None:
+            return None
+        table = dict(pairs)
+        return check_labels(path, [table[name] for name in names], len(names))
+
+
+# ----------------------------------------------------------------------------- idx and CIFAR-10
+def read_idx(folder: Folder) -> dict[str, Images]:
+    """MNIST's format."""
+    parts = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        if any(name.startswith(prefix) for name in folder.files):
+            pixels = idx_array(folder, f"{prefix}-images")
+            labels = idx_array(folder, f"{prefix}-labels")
+            parts[split] = array_images(folder.path, pixels, labels)
+    return parts
+
+
+def idx_array(folder: Folder, stem: str) -> np.ndarray:
+    """The array in the file that begins so; of a packed and an unpacked one it is the latter."""
+    names = [name for name in folder.files if name.startswith(stem)]
+    if not names:
+        raise UserError(f"{folder.path} has no {stem}-idx file beside the others; put it there")
+    with reading(f"{folder.path}/{names[0]}", "expected an idx file of 8-bit numbers; replace it"):
+        content = read_file(folder.files[names[0]])
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        if content[:3] != b"\0\0\x08":  # two zeros and the code of uint8, then the number of axes
+            raise ValueError(f"it begins with {content[:4].hex()}")
+        axes = content[3]
+        shape = struct.unpack_from(f">{axes}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def read_cifar(folder: Folder) -> dict[str, Images]:
+    """CIFAR-10's binary version: records of a label and the three planes of an image."""
+    batches = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+    parts = {}
+    for split, names in batches.items():
+        found = [folder.files[name] for name in names if name in folder.files]
+        if not found:
+            continue
+        if len(found) < len(names):
+            raise UserError(f"{folder.path} holds {len(found)} of CIFAR-10's {len(names)} training "
+                            "batches; put the others beside them")
+        with reading(folder.path, "expected CIFAR-10's binary batches; replace them"):
+            content = b"".join(map(read_file, found))
+            records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        planes = records[:, 1:].reshape(-1, 3, 32, 32)
+        array = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        parts[split] = array_images(folder.path, array, records[:, 0], KNOWN["cifar10"].classes)
+    if not parts:
+        raise UserError(f"{folder.path} holds no binary batches of CIFAR-10; expected those of "
+                        f"{CIFAR_ARCHIVE} (the python version is code): download it")
+    return parts
+
+
+# ----------------------------------------------------------------------------- sets by name
 @dataclass(frozen=True)
 class Known:
-    """A data set with a name: where its files are and what they are."""
+    """A data set with a name."""
 
-    bases: tuple[str, ...]  # the same files at each
-    files: dict[str, tuple[int, str]]  # file -> (bytes, sha256)
+    address: str
+    files: dict[str, str]  # -> sha256
     classes: list[str]
 
 
 KNOWN = {
     "fashion-mnist": Known(
-        bases=(
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-        ),
-        files={
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        {
             "train-images-idx3-ubyte.gz":
-                (26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
             "train-labels-idx1-ubyte.gz":
-                (29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
             "t10k-images-idx3-ubyte.gz":
-                (4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
             "t10k-labels-idx1-ubyte.gz":
-                (5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         },
-        classes=["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"],
+        ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+         "ankle boot"],
     ),
     "mnist": Known(
-        bases=(
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        ),
-        files={
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        {
             "train-images-idx3-ubyte.gz":
-                (9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+                "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
             "train-labels-idx1-ubyte.gz":
-                (28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+                "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
             "t10k-images-idx3-ubyte.gz":
-                (1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
             "t10k-labels-idx1-ubyte.gz":
-                (4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+                "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         },
-        classes=[str(digit) for digit in range(10)],
+        [str(digit) for digit in range(10)],
     ),
     "cifar10": Known(
-        bases=("https://www.cs.toronto.edu/~kriz/",),
-        files={
-            "cifar-10-binary.tar.gz":
-                (170052171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
-        },
-        classes=["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+        "https://www.cs.toronto.edu/~kriz/",
+        {CIFAR_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
     ),
 }
 
-IDX_SPLITS = {"train": "train", "test": "t10k"}
-IDX_FOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision's root and what is below it
-CIFAR_SPLITS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-CIFAR_FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
-CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then the planes of the image
-ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
-
-def splits(path: str) -> dict[str, Callable]:
-    """{'train': read, 'test': read} of the set at `path`, or one of them; {} when there is none.
-
-    A folder with idx files, or torchvision's folder around one; a folder with CIFAR-10's batches, its .tar.gz, or one
-    of its .bin files. read() -> (images, labels, class names or None).
-    """
-    if os.path.isdir(path):
-        return _folder_splits(path)
-    name = os.path.basename(path).lower()
-    if name.endswith(ARCHIVES):
-        held = _read_cifar_archive(path, os.stat(path).st_mtime_ns)
-        return {split: partial(held.get, split) for split in held}
-    if name.endswith(".bin"):
-        split = "test" if "test" in name else "train"
-        return {split: partial(_read_cifar_files, [path])}
-    return {}
-
-
-def _folder_splits(path: str) -> dict[str, Callable]:
-    found = {}
-    for folder in IDX_FOLDERS:
-        here = _idx_splits(os.path.join(path, folder))
-        if here and found:
-            raise UserError(f"{path} holds more than one data set: write {path}/MNIST or {path}/FashionMNIST")
-        found = found or here
-    for folder in CIFAR_FOLDERS:
-        found = found or _cifar_splits(os.path.join(path, folder))
-    archive = _cifar_archive(path)
-    return splits(archive) if archive and not found else found
-
-
-# ------------------------------------------------------------------------------------------ idx
-def _idx_splits(folder: str) -> dict[str, Callable]:
-    found = {}
-    for split, prefix in IDX_SPLITS.items():
-        images = _idx_file(folder, f"{prefix}-images", 3)
-        labels = _idx_file(folder, f"{prefix}-labels", 1)
-        if images:
-            expected = os.path.join(folder, f"{prefix}-labels-idx1-ubyte.gz")
-            found[split] = partial(_read_idx_pair, images, labels, expected)
-    return found
-
-
-def _idx_file(folder: str, stem: str, ndim: int) -> str | None:
-    """The file of that stem: plain or .gz, with the dot or the hyphen that copies of it have."""
-    for name in (f"{stem}-idx{ndim}-ubyte", f"{stem}.idx{ndim}-ubyte"):
-        for suffix in ("", ".gz"):
-            path = os.path.join(folder, name + suffix)
-            if os.path.isfile(path):
-                return path
-    return None
-
-
-def _read_idx_pair(images: str, labels: str | None, expected: str):
-    if labels is None:
-        raise UserError(f"{images} has no labels beside it: put {expected} there")
-    return read_idx(images, 3), read_idx(labels, 1), None
-
-
-def read_idx(path: str, ndim: int) -> np.ndarray:
-    """The uint8 array with `ndim` axes in an idx file, plain or gzipped (told by its content, not by its name)."""
-    try:
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rb") as file:
-            head = file.read(4)
-            if head != bytes([0, 0, 8, ndim]):  # two zeros, 8 for uint8, the number of axes
-                raise UserError(f"{path} starts with {head.hex()}; expected an idx file of uint8 with {ndim} axes")
-            shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
-            size = math.prod(shape)
-            if size > LARGEST:
-                raise UserError(f"{path} claims to hold {shape}, more than {LARGEST >> 30} GiB: is it damaged?")
-            content = file.read(size + 1)
-    except UserError:
-        raise
-    except Exception as error:  # gzip, zlib and struct have errors of their own
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): replace it") from None
-    if len(content) != size:
-        more = "more" if len(content) > size else f"{len(content):,} bytes"
-        raise UserError(f"{path} holds {more} instead of {size:,} bytes for {shape}: replace it")
-    return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-# ------------------------------------------------------------------------------------------ CIFAR-10
-def _cifar_archive(folder: str) -> str | None:
-    """The archive in `folder`, as it is published: binary or python."""
-    for version in ("binary", "python"):
-        path = os.path.join(folder, f"cifar-10-{version}.tar.gz")
-        if os.path.isfile(path):
-            return path
-    return None
-
-
-def _cifar_splits(folder: str) -> dict[str, Callable]:
-    found = {}
-    for split, stems in CIFAR_SPLITS.items():
-        for suffix in (".bin", ""):
-            paths = [os.path.join(folder, stem + suffix) for stem in stems]
-            paths = [path for path in paths if os.path.isfile(path)]
-            if paths and split not in found:
-                found[split] = partial(_read_cifar_files, paths)
-    return found
-
-
-def _read_cifar_files(paths: list[str]):
-    parts = []
-    for path in paths:
-        with open(path, "rb") as file:
-            parts.append(_cifar_batch(path, file.read(LARGEST_BATCH)))
-    return _joined(parts)
-
-
-@lru_cache(maxsize=1)
-def _read_cifar_archive(path: str, modified: int) -> dict[str, tuple]:
-    """Both splits in CIFAR-10's .tar.gz, as far as they are there: the archive must be unpacked whole to see that.
-
-    `modified`, its time stamp, tells another archive of the same name. Nothing is written to disk.
-    """
-    found, others = {}, []
-    with tarfile.open(path) as archive:
-        for member in archive:
-            stem, suffix = os.path.splitext(os.path.basename(member.name))
-            if member.size > LARGEST_BATCH:
-                raise UserError(f"{path}: {member.name} is {member.size:,} bytes; expected CIFAR-10's batches")
-            if not (member.isfile() and suffix in ("", ".bin") and any(stem in s for s in CIFAR_SPLITS.values())):
-                others.append(member.name)
-                continue
-            found[stem] = _cifar_batch(f"{path}: {member.name}", archive.extractfile(member).read())
-    if not found:
-        held = ", ".join(others[:4]) or "nothing"
-        raise UserError(f"{path} holds {held}; expected CIFAR-10's data_batch_1: unpack another archive and pass its "
-                        "folder")
-    batches = {split: [found[stem] for stem in stems if stem in found] for split, stems in CIFAR_SPLITS.items()}
-    return {split: _joined(parts) for split, parts in batches.items() if parts}
-
-
-def _cifar_batch(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """One batch, binary or pickled -> images (N, 32, 32, 3), labels (N,)."""
-    if name.lower().endswith(".bin"):
-        if not content or len(content) % CIFAR_RECORD:
-            raise UserError(f"{name} is {len(content):,} bytes; expected records of {CIFAR_RECORD} bytes, "
-                            "as CIFAR-10's binary version has")
-        records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
-        labels, planes = records[:, 0], records[:, 1:]
-    else:
-        labels, planes = _unpickled_batch(name, content)
-    if labels.max(initial=0) > 9:
-        raise UserError(f"{name} has labels up to {labels.max()}; expected CIFAR-10's 0 to 9")
-    images = planes.reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels
-
-
-def _joined(parts: list):
-    images = np.concatenate([images for images, _ in parts])
-    labels = np.concatenate([labels for _, labels in parts])
-    return images, labels, KNOWN["cifar10"].classes
-
-
-class _Stored:
-    """Stands for numpy's array and its type in a pickle: keeps what they would be made of, and makes nothing."""
-
-    def __init__(self, *arguments):
-        self.arguments, self.state = arguments, ()
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Runs no code of the file's choice: of all names that a pickle may call it knows an array's, as `_Stored`."""
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return _Stored
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in a pickle for Python 2
-            return _encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-def _unpickled_batch(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A batch of CIFAR-10's python version: a dict with data, an array (N, 3072), and labels, a list."""
-    try:
-        batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        version, shape, dtype, fortran, pixels = batch["data"].state
-        if dtype.arguments[0] not in (b"u1", "u1") or fortran or shape[1:] != (CIFAR_RECORD - 1,):
-            raise ValueError(f"data is {shape}")
-        planes = np.frombuffer(pixels, np.uint8).reshape(shape)
-        labels = np.array(batch["labels"], np.uint8)
-        if labels.shape != shape[:1]:
-            raise ValueError(f"{labels.shape} labels for {shape[0]} images")
-        return labels, planes
-    except Exception as error:  # whatever a damaged or malicious pickle brings about
-        why = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name} is no batch of CIFAR-10's python version that can be read without running its code "
-                        f"({why}): take the binary version (cifar-10-binary.tar.gz)") from None
-
-
-# ------------------------------------------------------------------------------------------ downloads
-def fetch(name: str) -> str:
-    """The folder with the data set `name`, downloaded first where its files are not there.
-
-    Files that the user put there are taken as they are when they are well-formed; what is downloaded is checked.
-    """
-    folder, known = str(cache_directory() / name), KNOWN[name]
-    if _complete(folder):
-        return folder
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with one_at_a_time(os.path.join(folder, ".lock"), f"another process downloads {name}") as turn:
-            for file in known.files:
-                if not (_complete(folder) or os.path.isfile(os.path.join(folder, file))):
-                    _download(known, file, folder, turn)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}): free some space, or set XDG_CACHE_HOME to another "
-                        "place") from None
+def fetch(name: str) -> Path:
+    """The folder with the data set `name`; files that are not there are downloaded and checked."""
+    folder = cache_directory() / name
+    with reading(folder, "set XDG_CACHE_HOME to a folder that can be written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+    there = [file for file in os.listdir(folder) if not file.endswith(".tmp")]
+    for file, sha256 in KNOWN[name].files.items():
+        stem = file.partition("-idx")[0]  # the user's own may have another ending
+        if not any(found.startswith(stem) for found in there):
+            receive = functools.partial(download, KNOWN[name].address + file, sha256, folder)
+            write_file(folder / file, receive)
     return folder
 
 
-def _complete(folder: str) -> bool:
-    """Whether `folder` holds images and labels of both splits."""
-    if _cifar_archive(folder) or any(len(_cifar_splits(os.path.join(folder, f))) == 2 for f in CIFAR_FOLDERS):
-        return True
-    stems = [(f"{prefix}-images", 3) for prefix in IDX_SPLITS.values()]
-    stems += [(f"{prefix}-labels", 1) for prefix in IDX_SPLITS.values()]
-    return all(_idx_file(folder, stem, ndim) for stem, ndim in stems)
-
-
-def _download(known: Known, file: str, folder: str, turn: Turn) -> None:
-    """One file from the first place that gives the right one; a part that is there already is gone on with."""
-    path, reasons = os.path.join(folder, file), []
-    for base in known.bases:
-        try:
-            _receive(base + file, path + ".part", known.files[file][0], turn)
-            _check(path + ".part", known.files[file][1])
-            os.replace(path + ".part", path)
-            return
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.filename and os.path.dirname(str(error.filename)) == folder:
-                raise  # the disk's fault, not the network's
-            reasons.append(f"{base}{file}: {error or type(error).__name__}")
-    files = ", ".join(known.files)
-    raise UserError(f"cannot download {'; '.join(reasons)}. Try again (what has come is kept), or put {files} into "
-                    f"{folder}".replace("\n", " "))
-
-
-def _receive(url: str, part: str, size: int, turn: Turn) -> None:
-    """Appends to the file `part` what it lacks of the `size` bytes at `url`."""
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    if have >= size:
-        return
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    what = f"downloading {os.path.basename(url)}, MiB"
-    progress = Progress(what, math.ceil(size / 2**20))
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(part, "ab") as file:
-        if reply.status != 206:  # the server begins anew
-            have = 0
-            file.truncate(0)
-        coming = reply.headers.get("Content-Length")
-        if coming and have + int(coming) != size:
-            raise ValueError(f"it is {have + int(coming):,} bytes there, not {size:,}")
-        while have < size:
-            block = reply.read(min(BLOCK, size - have))
-            if not block:
-                raise ValueError(f"the connection ended after {have:,} of {size:,} bytes")
-            file.write(block)
-            have += len(block)
-            progress(have >> 20 if have < size else progress.total)
-            turn.report(have >> 20, size >> 20)
-
-
-def _check(part: str, expected: str) -> None:
-    """Removes the file and raises ValueError where its sha256 is another."""
+def download(url: str, sha256: str, folder: Path, file) -> None:
+    """Writes what is at the address into the open file; UserError where it has another sha256."""
     digest = hashlib.sha256()
-    with open(part, "rb") as file:
-        while block := file.read(2**20):
+    advice = f"try again, or put {url.rpartition('/')[2]} into {folder}"
+    with reading(url, advice), urllib.request.urlopen(url, timeout=30) as reply:
+        total = int(reply.headers.get("Content-Length") or 0)
+        progress = Progress(f"downloading {url}, MiB", total >> 20, quiet=not total)
+        while block := reply.read(2**16):
             digest.update(block)
-    if digest.hexdigest() != expected:
-        os.remove(part)
-        raise ValueError(f"its sha256 is {digest.hexdigest()[:16]}..., not {expected[:16]}...; it was removed")
+            file.write(block)
+            progress(file.tell() >> 20)
+        if digest.hexdigest() != sha256:
+            raise ValueError(f"{file.tell():,} bytes with the sha256 {digest.hexdigest()}")
+
+
+# ----------------------------------------------------------------------------- built-in digits
+def draw_digit(label: int, size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
+    """A light digit on a dark ground, in random colours, height, place and slant."""
+    big = 4 * size
+    ink = tuple(rng.integers(150, 256, 3).tolist())
+    ground = tuple(rng.integers(0, 90, 3).tolist())
+    picture = Image.new("RGB", (big, big), ground)
+    font = ImageFont.load_default(int(big * rng.uniform(0.8, 1.0)))
+    place = tuple(big / 2 + big * rng.uniform(-0.06, 0.06, 2))
+    draw = ImageDraw.Draw(picture)
+    width = big // 32
+    draw.text(place, str(label), ink, font, anchor="mm", stroke_width=width, stroke_fill=ink)
+    picture = picture.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC, fillcolor=ground)
+    picture = picture.resize((size, size), Image.Resampling.BOX)
+    if channels == 1:
+        picture = picture.convert("L")
+    return np.asarray(picture).reshape(size, size, channels)
+
+
+@functools.lru_cache(maxsize=4)
+def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
+    """Drawn digits, classes in turn; image i depends on (seed, i) alone."""
+    if size is None:
+        raise UserError("the digits are drawn at a model's size, which is not known here; pass a "
+                        "file of images")
+    labels = np.arange(num) % 10
+    progress = Progress(f"drawing digits of {size}x{size}", num)
+    array = np.empty((num, size, size, channels), np.uint8)
+    for i, label in enumerate(labels):
+        array[i] = draw_digit(int(label), size, channels, np.random.default_rng([seed, i]))
+        progress(i + 1)
+    return array_images("digits", array, labels, [str(label) for label in range(10)])

@@ -1,0 +1,220 @@
+"""The examples do what their first lines say.
+
+- Every fork trains, resumes, is scored, samples and distils through the scripts.
+- The flows are inverted exactly, know their determinants, and take the labels as an argument.
+- Channel mixing is causal, mixes the channels inside a token, and has a student that learns.
+- The Jacobi inverse is right for each image by itself, also where guesses overflow.
+- minimal_model and logistic_mixture have the densities that they name, and draw from them.
+- The tour prints the model's likelihood, part by part, and draws its picture.
+"""
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+
+import farmer
+import sample
+import train
+from examples import (
+    channel_mixing,
+    class_conditional_flow,
+    jacobi_inverse,
+    logistic_mixture,
+    minimal_model,
+    tour,
+)
+from results import benchmark, classifier
+
+FORKS = (logistic_mixture, class_conditional_flow, channel_mixing, jacobi_inverse)
+LABELS = torch.tensor([0, 1, 2, 3, 1])
+SMALL = dict(image_size=6, patch_size=3, channels=1, num_classes=3, flow_blocks=3, flow_width=16,
+             ar_layers=1, ar_width=16, head_dim=8, informative_dim=5, informative_mixtures=2)
+
+
+def random_model(module, **settings):
+    """A small model in float64 whose weights are far from where they start."""
+    torch.manual_seed(0)
+    model = module.Model(module.Config(**{**SMALL, **settings})).double().requires_grad_(False)
+    for weight in model.parameters():
+        weight.add_(0.5 * torch.randn_like(weight) * weight.shape[-1] ** -0.5)
+    return model
+
+
+def random_patches(B=5):
+    """X (B, N, d) for such a model."""
+    return torch.randn(B, 4, 9, generator=torch.Generator().manual_seed(1)).double()
+
+
+# ----------------------------------------------------------------------------- the scripts
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 random images of 8 x 8 in 3 classes."""
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+    np.savez(path, images=images, labels=np.arange(24) % 3)
+    return str(path)
+
+
+def small(model):
+    """Flags of a small model."""
+    flags = ["--model", model.__name__, "--image-size", "8"]
+    if model in FORKS:
+        flags += "--flow-blocks 2 --flow-width 64 --ar-width 64 --informative-mixtures 2".split()
+    return flags
+
+
+def train_small(model, data, out):
+    """Three steps."""
+    flags = "--steps 3 --batch-size 4 --workers 0 --device cpu".split()
+    train.main([*small(model), "--data", data, "--out", out, *flags])
+
+
+@pytest.mark.parametrize("model", (minimal_model, *FORKS), ids=lambda model: model.__name__)
+def test_every_fork_trains_resumes_is_scored_samples_and_distils(
+        model, data, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "run")
+    train_small(model, data, out)
+    train.main(["--resume", "--out", out, "--steps", "5", "--workers", "0"])
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 5]
+    capsys.readouterr()
+    train.main(["--eval", out])
+    assert math.isfinite(json.loads(capsys.readouterr().out)["nats_per_dim"])
+
+    if model in FORKS:
+        monkeypatch.setattr(classifier, "load_classifier", lambda *_: None)
+        monkeypatch.setattr(classifier, "read_right", lambda *_: 0.5)
+        classifier.main(["swap", "reader.pt", out])
+        assert capsys.readouterr().out.count("MSE 0.000") == 2  # the two that exchange nothing
+        train.main(["--distill", out, "--steps", "2", "--workers", "0"])
+        out += "-student"
+    sample.main([out, "--num", "4", "--out", str(tmp_path / "samples.npz")])
+    assert np.load(tmp_path / "samples.npz")["images"].shape == (4, 8, 8, 3)
+    benchmark.main(["sample", *small(model), "--batch-sizes", "1", "--rounds", "1"])
+    assert ("student" in capsys.readouterr().out) == (model in FORKS)
+
+
+# ----------------------------------------------------------------------------- the flows
+@pytest.mark.parametrize("module, settings", [
+    (channel_mixing, dict(couplings=1)),
+    (channel_mixing, dict(couplings=2)),
+    (class_conditional_flow, {}),
+    (jacobi_inverse, {}),
+])
+def test_the_inverse_is_exact_and_the_determinant_that_of_autograd(module, settings, monkeypatch):
+    monkeypatch.setattr(jacobi_inverse, "TOLERANCE", 0.0)
+    model = random_model(module, **settings)
+    X = random_patches()
+    Z, logdet = model.flow(X, LABELS)
+    assert (Z - X).abs().max() > 0.5
+    assert (model.flow.inverse(Z, labels=LABELS) - X).abs().max() < 1e-10
+    J = torch.autograd.functional.jacobian(lambda x: model.flow(x, LABELS[:1])[0], X[:1])
+    assert torch.linalg.slogdet(J.reshape(36, 36)).logabsdet == pytest.approx(logdet[0].item())
+
+
+def test_the_conditional_flow_is_told_the_class_of_this_call_and_null_without_one():
+    block = random_model(class_conditional_flow).flow.blocks[0]
+    X = random_patches()
+    null = torch.full_like(LABELS, 3)
+    for run in (lambda labels: block(X, labels)[0], lambda labels: block.one_step(X, labels)):
+        differs = (run(LABELS) - run(null)).abs().amax((1, 2)) > 0.01
+        assert differs.tolist() == [True, True, True, False, True]
+        assert torch.equal(run(None), run(null))
+
+
+@pytest.mark.parametrize("couplings", [0, 1, 2])
+def test_channel_mixing_is_causal_and_mixes_the_channels_of_every_token(couplings):
+    block = random_model(channel_mixing, couplings=couplings).flow.blocks[1]
+    assert block.flip
+    J = torch.autograd.functional.jacobian(lambda x: block(x)[0], random_patches(1)).squeeze()
+    for i in range(4):  # J (N, d, N, d)
+        assert (J[i, :, :i] == 0).all()
+        assert (J[i, :, i + 1:] != 0).any(2).all()
+        own = J[i, :, i]
+        assert torch.equal(own, own.diag().diag()) == (couplings == 0)
+
+
+def test_a_student_of_channel_mixing_starts_as_its_teacher_and_learns():
+    X = random_patches(16)
+    fresh = channel_mixing.Model(channel_mixing.Config(**SMALL)).double()
+    assert torch.equal(fresh.flow.inverse(X, "student", fresh.new_student()), X.flip(1))
+    distiller = random_model(channel_mixing).distiller(noise=0.0)
+    optimizer = torch.optim.Adam(distiller.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(10):
+        losses.append(distiller(X.reshape(16, 1, 6, 6))["loss"].mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_jacobi_inverse_serves_each_image_by_itself_and_recovers_from_overflow(monkeypatch):
+    monkeypatch.setattr(jacobi_inverse, "TOLERANCE", 0.3)  # so large that one image stops early
+    model = random_model(jacobi_inverse)
+    X = random_patches()
+    Z, _ = model.flow(X)
+    Z[4, 1] = torch.nan
+    together = model.flow.inverse(Z)
+    alone = torch.cat([model.flow.inverse(z.unsqueeze(0)) for z in Z])
+    assert together.isfinite().all((1, 2)).tolist() == [True, True, True, True, False]
+    assert ((together - X)[:4].abs().amax((1, 2)) > 1e-10).tolist() == [False, True, False, False]
+    assert (together - alone)[:4].abs().max() < 1e-12
+    monkeypatch.setattr(jacobi_inverse, "TOLERANCE", 0.0)
+    monkeypatch.setattr(farmer, "FLOW_LOG_SCALE_BOUND", 600.0)
+    model = random_model(jacobi_inverse, flow_blocks=1)
+    model.flow.blocks[0].to_mu_a.weight[9:].mul_(1000)  # of the log scales
+    Z, _ = model.flow(X)
+    assert (model.flow.inverse(Z) - X).abs().max() < 1e-6
+
+
+# ----------------------------------------------------------------------------- the densities
+def test_a_logistic_mixture_has_the_density_of_scipy_and_draws_from_it():
+    torch.manual_seed(0)
+    parts = torch.randn(2, 3), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    p = logistic_mixture.Logistics(*[part.double() for part in parts])
+    z = 2 * torch.randn(2, 5, 4).double()
+    one = scipy.stats.logistic(p.mu.unsqueeze(1), p.log_sigma.exp().unsqueeze(1))
+    log_p = torch.tensor(one.logpdf(z.unsqueeze(2))).sum(-1)  # (2, 5, 3)
+    expected = (log_p + p.logits.log_softmax(-1).unsqueeze(1)).logsumexp(-1)
+    torch.testing.assert_close(p.shared_log_prob(z), expected)
+    torch.testing.assert_close(p.log_prob(z[:, 0]), expected[:, 0])
+    draws = p.sample(torch.zeros(2, 20_000), p.noise(2, 20_000, 4))[0, :, 0]
+    law = scipy.stats.logistic(p.mu[0, 0, 0], p.log_sigma[0, 0, 0].exp())
+    assert scipy.stats.kstest(draws, law.cdf).pvalue > 1e-3
+
+
+def test_the_minimal_model_has_the_density_of_its_gaussians():
+    torch.manual_seed(0)
+    model = minimal_model.Model(minimal_model.Config(num_classes=3)).requires_grad_(False)
+    for weight in model.parameters():
+        weight.normal_()
+    x = torch.randn(5, 3, 16, 16)
+    for labels, means in ((LABELS, model.mean[LABELS]), (None, model.mean[3])):
+        normal = torch.distributions.Normal(means, model.log_sigma.exp())
+        log_p = normal.log_prob(x).sum((1, 2, 3))
+        torch.testing.assert_close(model.log_prob(x, labels).total, log_p)
+
+
+# ----------------------------------------------------------------------------- the tour
+@pytest.mark.parametrize("own_data", [True, False])
+def test_the_tour_prints_parts_that_add_up_to_the_likelihood_and_draws_its_stages(
+        data, own_data, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    train_small(channel_mixing, data, run)
+    train.main(["--distill", run, "--steps", "1", "--workers", "0"])
+    capsys.readouterr()
+    out = str(tmp_path / "tour.png")
+    tour.main([run + "-student", "--out", out, *(["--data", data] if own_data else [])])
+    printed = capsys.readouterr().out
+    *parts, total = [float(number) for number in re.findall(r"(\S+) nats/dim", printed)]
+    assert len(parts) == 5 and sum(parts) == pytest.approx(total, abs=0.003)
+    exact, student = [float(e) for e in re.findall(r"largest error is (\S+)\.\n", printed)]
+    assert exact < 1e-4 < student
+    with Image.open(out) as picture:
+        assert picture.size == (8 + 7 * 8 + 5 * 106, 3 * 120)

@@ -1,0 +1,140 @@
+"""Walks one image through a trained model and back; prints each stage and draws one picture.
+
+    python examples/tour.py assets/fashion.pt
+    python examples/tour.py runs/tiny --data digits --out tour.png
+
+A is the image and B another one: the first and the last held-out image of --data, or without it
+samples of the model. Shapes are those of one image, equations those of arXiv 2510.23588v2.
+"""
+# ruff: noqa: E402  (the repository's folder has to be found first)
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from farmer import Farmer, unpatchify
+from support.batches import dequantize, image_generators, open_split, quantize
+from support.checkpoints import load_run
+from support.cli import Parser, UserError, check_writable, run_script, write_file
+from support.sampling import class_names, grid
+
+
+def two_images(model, state, data):
+    """A and B (2, C, H, W), with the noise that training ended with, and their labels (2,)."""
+    c = model.config
+    generators = image_generators(0, range(2), torch.device("cpu"))
+    if data is None:
+        labels = torch.arange(2) % max(c.num_classes, 1)
+        return model.sample(labels, replace(c.sampling, denoise=0.0), generators), labels
+    split = open_split(
+        data, c.image_size, c.channels, classes=state.classes, num_classes=c.num_classes)
+    dataset = split.held_out or split.train
+    pixels, labels = dataset.batch([0, len(dataset) - 1])
+    x = dequantize(pixels, state.training["noise"], state.training["noise_end"], generators)
+    return x, labels
+
+
+def show(title, equation, values, sentence):
+    """Prints a stage; values has its shape, after that of the batch."""
+    shape = " x ".join(str(size) for size in values.shape[1:]) or "a number"
+    print(f"{title:24} {shape:16} {equation}\n    {sentence}")
+
+
+def walk(model, x, labels, names):
+    """Prints the stages of image A; returns the rows of the picture, {row: {title: image}}."""
+    c = model.config
+    D = x[0].numel()  # nats/dim are nats divided by it
+
+    # From the image to the latents, block by block.
+    show("Image", "Section 3.2", x, f"A is of class {names[0]}, B of class {names[1]}.")
+    X = model.patches(x)
+    show("Patches X", "Section 3.2", X, f"The tokens: {c.patch_size} x {c.patch_size} pixels each.")
+    states, _ = model.flow.states(X, labels)
+    if c.whiten:
+        show("Z_0", "not in the paper", states[0], "A fixed linear map whitens the channels: "
+             f"log-det {c.num_tokens * model.flow.map_logdet / D:+.3f} nats/dim.")
+    stages = {"A": x[0]}
+    for t, block in enumerate(model.flow.blocks, 1):
+        z, logdet = block(states[t - 1], labels)
+        side = "after" if block.flip else "before"
+        show(f"Z_{t}, by flow block {t}", "Eq. 8, 10", z, "Shifts and scales each token, given "
+             f"those {side} it: log-det {logdet[0] / D:+.3f} nats/dim.")
+        scaled = z * states[0].std() / z.std()
+        pixels = scaled @ model.flow.inverse_map + model.flow.mean
+        stages[f"Z_{t}"] = unpatchify(pixels, c.patch_size, c.channels)[0]
+
+    # How likely the latents are, and with that the image.
+    Z, _ = model.flow(X, labels)
+    Z_I, Z_R = Z.split([c.informative_dim, c.redundant_dim], -1)
+    p_I, p_R = model.prior(Z_I, labels)
+    log_p = model.log_prob(x, labels)
+    show("Z_I, informative part", "Eq. 14", Z_I, "The first channels are to carry the image.")
+    show("means of their mixtures", "Eq. 11", p_I.mu, "The AR Transformer predicts each token from "
+         f"the class and those before: log p {log_p.informative[0] / D:+.3f} nats/dim.")
+    if p_R is not None:
+        show("Z_R, redundant part", "Eq. 14", Z_R, "The other channels are to hold only noise.")
+        show("means of their mixture", "Eq. 11", p_R.mu, "All tokens share it: log p "
+             f"{log_p.redundant[0] / D:+.3f} nats/dim.")
+    show("log p(A|class)", "Eq. 13", log_p.total, f"The sum: {log_p.total[0] / D:+.3f} nats/dim, "
+         f"{log_p.total[0]:.1f} nats. A density may well exceed 1.")
+
+    # The way back, and what else can be made of latents.
+    inverses = {"exact": "Eq. 9"}
+    if model.student is not None:
+        inverses["student"] = "Algorithm 2"
+    for inverse, equation in inverses.items():
+        back = model.decode(Z, replace(c.sampling, inverse=inverse), labels)
+        show(f"Back, inverse {inverse}", equation, back,
+             f"The largest error is {(back - x)[0].abs().max():.1g}.")
+        stages[inverse] = back[0]
+    rows = {"blocks": stages, "guidance": {}}
+    if p_R is not None:
+        mixed = torch.cat([Z_I, Z_R.flip(0)], -1)
+        mixed = model.decode(mixed, replace(c.sampling, inverse="exact"), labels)
+        rows["split"] = {"A": x[0], "B": x[1], "A, Z_R of B": mixed[0], "A, Z_I of B": mixed[1]}
+    for w in (0.0, 1.0, 2.0, 4.0) if c.num_classes else (0.0,):
+        generators = image_generators(0, range(1), x.device)  # the same noise for each w
+        drawn = model.sample(labels[:1], replace(c.sampling, guidance=w), generators)
+        rows["guidance"][f"w = {w:g}"] = drawn[0]
+    show("Sample", "Eq. 15", drawn, f"Drawn from class {names[0]} with guidance w = {w:g}.")
+    return rows
+
+
+def draw(rows):
+    """{row: {title: image}} -> one picture."""
+    columns = max(len(images) for images in rows.values())
+    parts = []
+    for name, images in rows.items():
+        pixels = quantize(torch.stack(list(images.values()))).permute(0, 2, 3, 1).numpy()
+        zoom = 96 // pixels.shape[1] + 1
+        pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+        parts.append(np.asarray(grid(pixels, columns, [f"{name:8}"], list(images))))
+    return Image.fromarray(np.concatenate(parts))
+
+
+def main(argv=None):
+    parser = Parser(prog="tour.py", description=__doc__)
+    parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's folder or a .pt file")
+    parser.add_argument("--data", help="as for train.py (default: samples of the model)")
+    parser.add_argument("--out", default="tour.png", help="(default: tour.png)")
+    args = parser.parse_args(argv)
+    out = check_writable("--out", args.out)
+    model, state = load_run(args.checkpoint)
+    if not isinstance(model, Farmer):
+        raise UserError(f"{args.checkpoint}: got {model.model_name}, expected FARMER or a fork")
+    with torch.no_grad():
+        x, labels = two_images(model, state, args.data)
+        names = class_names(labels.tolist(), state.classes, model.config.num_classes)
+        picture = draw(walk(model, x, labels, names or ["none", "none"]))
+    write_file(out, lambda file: picture.save(file, "PNG"))
+    print(f"done: see {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,328 @@
+"""How fast a model is on this machine, whichever model it is.
+
+    python results/benchmark.py sample --preset cifar10 --against baselines.tarflow
+    python results/benchmark.py train --preset cifar10 --precision bfloat16
+    python results/benchmark.py sizes --model baselines.jetformer    # of every preset
+    python results/benchmark.py gpu | tee table.md           # a paper preset, in 8 minutes of a GPU
+    python results/benchmark.py gpu --device cpu --tiny      # every line of that, on a CPU
+
+--model, --preset and the model's own flags are those of train.py; the weights are random, which
+changes no time. Times are medians over rounds in each of which everything runs once, so that a
+busy machine is unfair to nobody. FLOPs count matrix products, those of attention among them.
+"""
+# ruff: noqa: E402  (the repository's folder has to be found first)
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import contextlib
+import dataclasses
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from support.batches import dequantize, image_generators
+from support.checkpoints import build, first_preset, model_file, named_model
+from support.cli import Parser, UserError, add_fields, at_least, given, run_script
+from support.distributed import pick_device, pick_precision, training_precision
+from support.sampling import default_labels
+from support.training import optimizers, prepare_layers
+
+STAGES = ("whole", "prior", "exact", "student", "forward")
+
+
+# ----------------------------------------------------------------------------- models
+def new_model(args, name: str, config) -> nn.Module:
+    """A model with random weights, ready to be timed; for sampling also with a student."""
+    torch.manual_seed(0)
+    sampling = args.command == "sample"
+    with args.device:
+        model = build(name, config)
+        if sampling and hasattr(model, "distiller"):
+            with contextlib.suppress(ValueError):  # this one has no student
+                model.distiller()
+    prepare_layers(model.train(not sampling), args.compile, not sampling and args.checkpointing)
+    return model
+
+
+def opponent(args, first: nn.Module) -> nn.Module:
+    """--against MODEL: all numbers that its Config shares with the first model's are as there.
+
+    With MODEL:PRESET only the numbers that describe the images and tokens are.
+    """
+    name, _, preset = args.against.partition(":")
+    module = model_file(name)
+    same = ["image_size", "channels", "num_classes", "patch_size"]
+    if not preset:
+        preset = first_preset(module)
+        same = [f.name for f in dataclasses.fields(module.Config) if f.type is int]
+    if preset not in module.PRESETS:
+        raise UserError(f"--against: {name} has no preset {preset!r}; expected one of "
+                        f"{', '.join(module.PRESETS)}")
+    shared = {f: getattr(first.config, f) for f in same if hasattr(first.config, f)}
+    return new_model(args, name, dataclasses.replace(module.PRESETS[preset], **shared))
+
+
+def counted(name: str, config) -> tuple[nn.Module, float]:
+    """A model without memory, and the FLOPs of one image's forward pass."""
+    n = getattr(config, "images_per_item", 1)  # where images do not come alone
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = build(name, config)
+        x = torch.zeros(n, config.channels, config.image_size, config.image_size)
+        with torch.no_grad():
+            model(x, torch.tensor([0] * n), None)
+    return model, counter.get_total_flops() / n
+
+
+# ----------------------------------------------------------------------------- time
+def timed(call: Callable, device: torch.device) -> float:
+    """Seconds that a call takes, with the GPU's queue empty before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def medians(work: dict[object, Callable], rounds: int, device: torch.device) -> dict[object, float]:
+    """Seconds of each call: the median over rounds in each of which all run once."""
+    times = [{name: timed(call, device) for name, call in work.items()} for _ in range(rounds)]
+    return {name: statistics.median(seconds[name] for seconds in times) for name in work}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of the fastest of ten large matrix products: what this machine reaches."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, precision))
+    return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+
+
+# ----------------------------------------------------------------------------- sample
+@torch.no_grad()
+def sample(args, models: dict[str, nn.Module], changes: dict) -> Iterator[dict]:
+    """Rows of the table: each part of sampling, at each batch size, in each model.
+
+    changes: of the first model's sampling settings; its guidance is that of the other, too.
+    """
+    first = next(iter(models))
+    for batch_size in args.batch_sizes:
+        work = {}
+        for label, model in models.items():
+            options = model.config.sampling
+            some = {name: value for name, value in changes.items() if hasattr(options, name)}
+            options = dataclasses.replace(options, **some)
+            for stage, call in stages(model, options, batch_size, args.device).items():
+                if stage in args.only:
+                    work[label, stage] = call
+                    call()  # warms up
+        seconds = medians(work, args.rounds, args.device)
+        for (label, stage), t in seconds.items():
+            row = {"model": label, "batch": batch_size, "part": stage,
+                   "ms/image": 1000 * t / batch_size}
+            if len(models) > 1 and (first, stage) in seconds:
+                row["times as fast"] = seconds[first, stage] / t
+            yield row
+
+
+def stages(model: nn.Module, options, batch_size: int, device: torch.device) -> dict[str, Callable]:
+    """`whole` is model.sample; the others are the parts of it that the model has by these names."""
+    labels = default_labels(batch_size, model.config.num_classes).to(device)
+    generators = image_generators(0, range(batch_size), device)
+    calls = {"whole": partial(model.sample, labels, options, generators)}
+    if hasattr(model, "sample_latents"):
+        calls["prior"] = partial(model.sample_latents, labels, options, generators)
+    if hasattr(model, "flow"):
+        X = model.patches(calls["whole"]())
+        Z, _ = model.flow(X, labels)
+        calls["forward"] = partial(model.flow, X, labels)
+        calls["exact"] = partial(model.flow.inverse, Z, labels=labels)
+        if getattr(model, "student", None) is not None:
+            calls["student"] = partial(model.flow.inverse, Z, "student", model.student, labels)
+    return calls
+
+
+# ----------------------------------------------------------------------------- train
+def train(args, models: dict[str, nn.Module], changes: dict) -> Iterator[dict]:
+    """Rows of the table. MFU: the share of the peak of this machine's matrix products."""
+    precision = pick_precision(args.precision, args.device)
+    peak = peak_flops(args.device, precision)
+    cuda = args.device.type == "cuda"
+    work = {}
+    rows = {}
+    for label, model in models.items():
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        work[label] = training_step(args, model, precision)
+        rows[label] = {"model": label, "precision": precision, "compiled": args.compile,
+                       "first step, s": timed(work[label], args.device)}
+        work[label]()  # now with the optimizer's state
+        if cuda:
+            rows[label]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    seconds = medians(work, args.rounds, args.device)
+    for label, row in rows.items():
+        row["images/s"] = args.batch_size / seconds[label]
+        _, forward = counted(models[label].model_name, models[label].config)
+        row["TFLOP/s"] = 3 * forward * row["images/s"] / 1e12  # a backward costs two
+        row["MFU"] = row["TFLOP/s"] * 1e12 / peak
+        row["times as fast"] = seconds[next(iter(models))] / seconds[label]
+        yield row
+
+
+def training_step(args, model: nn.Module, precision: str) -> Callable[[], None]:
+    """A step of train.py without the reading of data: noise, forward, backward, clip, update."""
+    c = model.config
+    device = args.device
+    size = (args.batch_size, c.channels, c.image_size, c.image_size)
+    images = torch.randint(256, size, dtype=torch.uint8, device=device)
+    labels = default_labels(args.batch_size, c.num_classes).to(device)
+    params = list(model.parameters())
+    opts = optimizers(model, args.optimizer, lr=1e-5, weight_decay=0.03)
+
+    def step() -> None:
+        generators = image_generators(0, range(args.batch_size), device)
+        x = dequantize(images, "gaussian", 0.1, generators)
+        with training_precision(device, precision):
+            model(x, labels, generators)["loss"].mean().backward()
+        float(nn.utils.clip_grad_norm_(params, 1.0))
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+
+    return step
+
+
+# ----------------------------------------------------------------------------- sizes, gpu
+def sizes(name: str, module: ModuleType) -> Iterator[dict]:
+    """Rows of the table: the parameters of each part of a preset, and its arithmetic."""
+    for preset, config in module.PRESETS.items():
+        model, flops = counted(name, config)
+        parts = {"all": model, **dict(model.named_children())}
+        row = {"preset": preset}
+        for part, child in parts.items():
+            row[f"{part}, M"] = sum(p.numel() for p in child.parameters()) / 1e6
+        yield row | {"GFLOP/image, forward": flops / 1e9}
+
+
+def gpu(args, name: str, module: ModuleType) -> Iterator[dict]:
+    """Rows of the table: what was run and how it ended. The parts print tables of their own.
+
+    The part that is worth most comes first. Each is a process, so that whatever happens to it, the
+    GPU's own errors among them, costs no other part.
+    """
+    preset = args.preset
+    compiling = "--compile"
+    sizes = (32, 128, "64,1", "16")
+    if args.tiny:
+        preset = first_preset(module)
+        compiling = "--no-compile"  # a CPU takes a minute for it
+        sizes = (2, 4, "2,1", "2")
+    batch, large, batches, middle = sizes
+    parts = (
+        f"train {compiling} --batch-size {batch}",
+        f"sample --no-compile --batch-sizes {batches}",
+        f"train --no-compile --batch-size {batch}",
+        f"train {compiling} --checkpointing --batch-size {large}",
+        f"sample --no-compile --batch-sizes {middle}",
+        f"sample {compiling} --batch-sizes {batches}",
+    )
+    end = time.monotonic() + 60 * args.minutes
+    for part in parts:
+        command = f"{part} --model {name} --preset {preset} --device {args.device.type} --rounds 3"
+        print(f"\n`results/benchmark.py {command}`\n", flush=True)
+        start = time.monotonic()
+        try:
+            subprocess.run([sys.executable, __file__, *command.split()], check=True,
+                           timeout=max(0.1, end - start))
+            result = "done"
+        except subprocess.SubprocessError as error:
+            code = getattr(error, "returncode", "the time was over")
+            result = f"FAILED: {code}"
+        yield {"part": part, "s": time.monotonic() - start, "result": result}
+
+
+# ----------------------------------------------------------------------------- command line
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parse(argv: list[str] | None, name: str, module: ModuleType) -> argparse.Namespace:
+    parser = Parser(prog="benchmark.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_sample = commands.add_parser("sample", help="ms per image of each part of sampling")
+    of_train = commands.add_parser("train", help="a step of training")
+    of_sizes = commands.add_parser("sizes", help="parameters and FLOPs of every preset")
+    of_gpu = commands.add_parser("gpu", help="train and sample for a paper preset")
+    for p in (of_sample, of_train, of_sizes, of_gpu):
+        p.add_argument("--model", default=name, metavar="NAME", help="the model's file")
+        p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    for p in (of_sample, of_train):
+        p.add_argument("--preset", choices=module.PRESETS, default=first_preset(module),
+                       help="(default: %(default)s)")
+        p.add_argument("--against", metavar="MODEL[:PRESET]", help="another model of equal shape")
+        p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       help="(default: on a GPU)")
+        p.add_argument("--rounds", type=at_least(int, 1), default=5, help="(default: 5)")
+        add_fields(p.add_argument_group("model"), module.Config)
+    of_sample.add_argument("--batch-sizes", type=integers, default=[1, 16, 64],
+                           help="(default: 1,16,64)")
+    of_sample.add_argument("--only", nargs="+", choices=STAGES, default=STAGES,
+                           help="time these parts (default: all)")
+    add_fields(of_sample.add_argument_group("sampling"), module.Sampling)
+    of_train.add_argument("--batch-size", type=at_least(int, 1), default=32, help="(default: 32)")
+    of_train.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    of_train.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    of_train.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    of_gpu.add_argument("--preset", default="farmer-1.1b-p16", help="(default: %(default)s)")
+    of_gpu.add_argument("--minutes", type=float, default=8, help="(default: 8)")
+    of_gpu.add_argument("--tiny", action="store_true", help="the model's first preset instead")
+    return parser.parse_args(argv)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows as Markdown; a column for each name that one of them has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        cells = [row.get(name, "") for name in columns]
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    name, module = named_model(argv)
+    args = parse(argv, name, module)
+    if args.command == "sizes":
+        return print_table(list(sizes(name, module)))
+    if args.command == "gpu":
+        args.device = pick_device("cuda" if args.device == "auto" else args.device)
+        rows = list(gpu(args, name, module))
+        print()
+        return print_table(rows)
+    args.device = pick_device(args.device)
+    cuda = args.device.type == "cuda"
+    if args.compile is None:
+        args.compile = cuda
+    config = dataclasses.replace(module.PRESETS[args.preset], **given(args, module.Config))
+    models = {f"{name}:{args.preset}": new_model(args, name, config)}
+    if args.against:
+        models[args.against] = opponent(args, *models.values())
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}\n")
+    measure = train if args.command == "train" else sample
+    print_table(list(measure(args, models, given(args, module.Sampling))))
+
+
+if __name__ == "__main__":
+    run_script(main)

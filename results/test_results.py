@@ -1,0 +1,365 @@
+"""The tools that make the results.
+
+tables.py: a table trains its rows, scores them, prints yours beside the published values and
+publishes on demand alone; it trains nothing twice and says so; values of other minutes are not
+averaged; every command in TABLES is one that the scripts take.
+classifier.py: it learns; labels are compared by name; exchanged latents are those of the other.
+likelihood.py: bound, Bayes' rule and AUROC are right where the answer is known.
+benchmark.py: calls alternate and the median counts; FLOPs are those of the products; each part of
+sampling and a step of training are timed; what fails on a GPU costs no other part.
+figures.py: a curve's minutes are those of training; a missing matplotlib is one line.
+"""
+import contextlib
+import importlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from results import benchmark, classifier, figures, likelihood, tables
+from support.checkpoints import load_run, model_file, named_model
+from support.conftest import SMALL_FLAGS, fails, small_run, tiny_data  # noqa: F401  (fixtures)
+
+MINIMAL = ("--model examples.minimal_model --channels 1 --image-size 8 --batch-size 4 "
+           "--noise-end 0.1 --device cpu")
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """tables.py in folders of its own, on forty images, with the scripts run in this process."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        labels = np.arange(40) % 10
+        images = labels[:, None, None] * 20 + rng.integers(0, 40, (40, 8, 8))
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "images.npy", images.astype(np.uint8)[..., None])
+        np.save(tmp_path / split / "labels.npy", labels)
+    made = SimpleNamespace(own=tmp_path / "own", published=tmp_path / "published", commands=[])
+    made.published.mkdir()
+
+    def run(*command, show=False):
+        script, *argv = map(str, command)
+        made.commands.append(script)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            importlib.import_module(script[:-3].replace("/", ".")).main(argv)
+        return out.getvalue()
+
+    rows = [tables.Row("one", MINIMAL, "t = 1", "--temperature 1"),
+            tables.Row("one", MINIMAL, "t = 2", "--temperature 2"),
+            tables.Row("real images", "", "", ""), tables.Row("likelihood", MINIMAL)]
+    changes = dict(
+        TABLES={"t": rows}, PAPER={("one", "t = 1"): 5.5}, DATA=str(tmp_path), OWN=made.own,
+        PUBLISHED=made.published, CLASSIFIER=tmp_path / "none.pt", NUM_SAMPLES=40, run=run,
+        processor_seconds=lambda weights, steps: steps / 10)
+    for name, value in changes.items():
+        monkeypatch.setattr(tables, name, value)
+    steps = {f"{MINIMAL} | 5 min": {"steps": 3}}
+    (made.published / "steps.json").write_text(json.dumps(steps))
+    return made
+
+
+def printed_rows(capsys) -> dict[tuple, dict]:
+    """The cells of the Markdown table by (row, sampling, minutes)."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    return {tuple(row[:3]): dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_a_table_is_trained_scored_and_printed_and_published_on_demand_alone(workshop, capsys):
+    tables.main(["t", "--seeds", "0,1"])
+    printed = printed_rows(capsys)
+    row = printed["one", "t = 1", "5.0"]
+    assert row["seeds"] == "– / 0, 1" and row["steps"] == "3" and row["paper's FID"] == "5.5"
+    assert "±" in row["FD in the classifier's features"]
+    assert printed["real images", "", "–"]["seeds"] == "– / 0"
+    assert "nats/dim" in printed["likelihood", "", "5.0"]
+    real, one = (float(printed[k]["FD in the classifier's features"].split(" / ")[1].split()[0])
+                 for k in (("real images", "", "–"), ("one", "t = 1", "5.0")))
+    assert real < one
+    assert [p.name for p in workshop.published.iterdir()] == ["steps.json"]
+    assert len(list(workshop.own.glob("*/ckpt.pt"))) == 2  # one for each seed, not for each row
+
+    workshop.commands.clear()
+    tables.main(["t", "--seeds", "0,1", "--publish"])
+    assert workshop.commands == [] and "Nothing was trained" in capsys.readouterr().err
+    assert len((workshop.published / "t.jsonl").read_text().splitlines()) == 7
+    tables.main(["t", "--print"])
+    assert printed_rows(capsys)["one", "t = 1", "5.0"]["seeds"] == "0, 1"
+
+    tables.main(["t", "--minutes", "0.01", "--rows", "likelihood"])
+    printed = printed_rows(capsys)
+    assert printed["likelihood", "", "0.01"]["seeds"] == "– / 0"
+    assert printed["likelihood", "", "5.0"]["seeds"] == "0, 1 / –"
+    tables.main(["t", "--minutes", "0.01", "--rows", "likelihood", "--publish"])
+    assert len((workshop.published / "t.jsonl").read_text().splitlines()) == 8
+
+
+def test_measured_steps_are_kept_with_your_results(workshop):
+    workshop.own.mkdir()
+    assert tables.steps_for("--x", 5) == 3000  # at a tenth of a second each
+    assert tables.read_steps(workshop.own)["--x | 5 min"]["steps"] == 3000
+    assert tables.read_steps(workshop.published).keys() == {f"{MINIMAL} | 5 min"}
+
+
+def test_a_row_that_fails_stops_no_other(workshop, capsys, monkeypatch):
+    rows = [tables.Row("broken", "nowhere.pt", "", ""), *tables.TABLES["t"][2:3]]
+    monkeypatch.setattr(tables, "TABLES", {"t": rows})
+    with pytest.raises(tables.UserError, match="1 of 2"):
+        tables.main(["t"])
+    assert [k[0] for k in tables.read_results(workshop.own, "t")] == ["real images"]
+    assert "broken failed" in capsys.readouterr().err
+
+
+def test_the_published_minutes_are_the_default_and_rows_are_exact_names(workshop, capsys):
+    assert tables.parse(["t"]).minutes == 5
+    result = dict(row="one", sampling="t = 1", seed=0, minutes=3.0, steps=9, fd=1.0)
+    (workshop.published / "t.jsonl").write_text(json.dumps(result))
+    assert tables.parse(["t"]).minutes == 3
+    fails(capsys, tables, ["t", "--rows", "on"], "'on'", "one; real images")
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_the_scripts_take_every_command(table):
+    for row in tables.TABLES[table]:
+        name, module = named_model(row.weights.split())
+        if row.weights.startswith("--"):
+            argv = [str(word) for word in tables.training(row.weights, 9, 0, Path("x"))[1:]]
+            train.fresh(train.parse(argv, name, module), module, torch.device("cpu"))
+        if row.flags:
+            parser = classifier.Parser()
+            benchmark.add_fields(parser, module.Sampling)
+            args = parser.parse_args(row.flags.split())
+            module.Sampling(**benchmark.given(args, module.Sampling))
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A network for the dark, the grey and the bright, fitted on class folders."""
+    folder = tmp_path_factory.mktemp("reader")
+    rng = np.random.default_rng(0)
+    for name, level in (("bright", 200), ("dark", 40), ("grey", 120)):
+        for part, number in (("all", 20), ("some", 8)):
+            if part == "some" and name == "bright":
+                continue
+            (folder / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = (level + rng.integers(0, 30, (8, 8, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    classifier.main(["fit", str(folder / "all"), str(folder / "net.pt"), "--epochs", "60",
+                     "--noise", "0"])
+    return folder
+
+
+def test_labels_are_compared_by_name(reader, tmp_path, capsys):
+    """In `some`, dark is class 0; the network knows it as class 1."""
+    classifier.main(["read", str(reader / "net.pt"), str(reader / "some")])
+    assert "100.0% of 16 images" in capsys.readouterr().out
+    (tmp_path / "red").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red" / "0.png")
+    fails(capsys, classifier, ["read", reader / "net.pt", tmp_path], "red", "bright")
+    network = classifier.load_classifier(str(reader / "net.pt"), 3)
+    assert network.classes == ["bright", "dark", "grey"]
+    assert network(torch.zeros(5, 3, 8, 8)).shape == (5, 128)  # what fid.py --features takes
+
+
+def test_held_out_images_are_a_fifth_of_each_class(reader, tmp_path, capsys):
+    classifier.main(["heldout", str(reader / "all"), str(tmp_path / "h.npz")])
+    with np.load(tmp_path / "h.npz") as f:
+        assert f["images"].shape == (12, 8, 8, 3) and (np.bincount(f["labels"]) == 4).all()
+    np.savez(tmp_path / "grey.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=[0, 1])
+    fails(capsys, classifier, ["read", reader / "net.pt", tmp_path / "grey.npz"], "--channels 1")
+    np.savez(tmp_path / "flat.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    fails(capsys, classifier, ["read", reader / "net.pt", tmp_path / "flat.npz"], "no labels")
+    fails(capsys, classifier, ["read", tmp_path / "flat.npz", reader / "some"], "flat.npz", "fit")
+
+
+def test_exchanged_latents_are_those_of_the_other_image_or_token(small_run):  # noqa: F811
+    model, _ = load_run(small_run)
+    x = 0.3 * torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels, N, d_I = torch.zeros(4, dtype=torch.long), model.config.num_tokens, 24
+    same, turned = torch.arange(4), torch.arange(4).roll(1)
+    tokens, shuffled = torch.arange(N), torch.randperm(N)
+
+    def latents(images):
+        return model.flow(model.patches(images), labels)[0]
+
+    Z = latents(x)
+    torch.testing.assert_close(
+        classifier.exchanged(model, x, labels, "Z_I", same, tokens), x, atol=1e-4, rtol=0)
+    y = latents(classifier.exchanged(model, x, labels, "Z_R", turned, tokens))
+    torch.testing.assert_close(y[..., :d_I], Z[..., :d_I], atol=1e-4, rtol=0)
+    torch.testing.assert_close(y[..., d_I:], Z[turned][..., d_I:], atol=1e-4, rtol=0)
+    y = latents(classifier.exchanged(model, x, labels, "Z_I", same, shuffled))
+    torch.testing.assert_close(y[..., :d_I], Z[:, shuffled, :d_I], atol=1e-4, rtol=0)
+    torch.testing.assert_close(y[..., d_I:], Z[..., d_I:], atol=1e-4, rtol=0)
+
+
+TRAINING = dict(noise="gaussian", noise_end=0.03)
+
+
+class Total(NamedTuple):
+    total: torch.Tensor
+    logdet: torch.Tensor
+
+
+class Levels(torch.nn.Module):
+    """The exact density of pixels with equally likely levels, under Gaussian noise."""
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = levels
+
+    def log_prob(self, y, labels=None):
+        x = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / 128 - 1
+        log_n = -0.5 * ((y.double().flatten(1).unsqueeze(-1) - x) / 0.03).square()
+        constant = math.log(0.03 * math.sqrt(2 * math.pi) * self.levels)
+        total = (log_n - constant).logsumexp(-1).sum(1)
+        return Total(total, torch.zeros_like(total))
+
+
+def test_the_bound_is_the_entropy_where_model_and_decoder_are_exact_and_above_it_elsewhere():
+    images = torch.randint(0, 256, (40, 1, 2, 2), dtype=torch.uint8)
+    result = likelihood.bound(Levels(256), TRAINING, images, None, seed=0)
+    assert result["bits_per_dim_at_most"] == pytest.approx(8.0, abs=1e-4)
+    images = torch.randint(0, 16, (400, 1, 2, 2), dtype=torch.uint8)  # of 4 bits
+    result = likelihood.bound(Levels(16), TRAINING, images, None, seed=0)
+    assert 4.0 <= result["bits_per_dim_at_most"] < 5.0
+    with pytest.raises(likelihood.UserError, match="uniform"):
+        likelihood.bound(Levels(16), dict(noise="uniform", noise_end=0), images, None, seed=0)
+
+
+class ByClass(torch.nn.Module):
+    """Images of class c are normal around c / 10 with std 0.1."""
+
+    config = SimpleNamespace(num_classes=3)
+
+    def log_prob(self, y, labels=None):
+        mean = torch.zeros(len(y)) if labels is None else labels / 10
+        total = -0.5 * ((y.flatten(1) - mean[:, None]) / 0.1).square().sum(1)
+        return Total(total, torch.zeros_like(total))
+
+
+def test_posterior_of_separate_classes_is_right_and_of_shuffled_labels_is_not():
+    labels = torch.arange(240) % 3  # more than a batch
+    pixels = ((labels / 10 + 1) * 128).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    assert likelihood.posterior(ByClass(), TRAINING, pixels, labels, 0)["accuracy"] > 0.9
+    assert likelihood.posterior(ByClass(), TRAINING, pixels, labels.roll(1), 0)["accuracy"] < 0.1
+    assert likelihood.log_probs(ByClass(), TRAINING, pixels, labels, 0)["total"].min() > -4
+
+
+def test_auroc_counts_pairs_and_tells_apart_what_is_far_away():
+    low, high = torch.randint(0, 5, (30,)), torch.randint(1, 7, (20,))
+    above = (high[:, None] > low).float() + 0.5 * (high[:, None] == low)
+    assert likelihood.auroc(low, high) == pytest.approx(above.mean().item())
+    inside = torch.full((30, 1, 4, 4), 128, dtype=torch.uint8)
+    result = likelihood.ood(ByClass(), TRAINING, inside, inside + 60, seed=0)
+    assert result["total"]["auroc"] == result["log p(z)"]["auroc"] == 1
+    assert result["logdet"]["auroc"] == 0.5
+
+
+def test_every_use_of_a_run(small_run, tiny_data, tmp_path, capsys):  # noqa: F811
+    net = str(tmp_path / "net.pt")
+    classifier.main(["fit", str(tiny_data), net, "--epochs", "1"])
+    capsys.readouterr()
+    classifier.main(["swap", net, str(small_run), "--num", "10"])
+    errors = [float(e) for e in re.findall(r"MSE ([0-9.]+)", capsys.readouterr().out)]
+    assert len(errors) == 6 and errors[0] == errors[3] == 0 and min(errors[1:3]) > 0.01
+    for action, data in (("posterior", []), ("ood", [tiny_data, tiny_data]), ("bound", [])):
+        likelihood.main([action, str(small_run), *map(str, data), "--num", "20"])
+        json.loads(capsys.readouterr().out)
+    fails(capsys, likelihood, ["ood", small_run, tiny_data], "expected 2")
+
+
+def test_calls_alternate_and_the_median_counts(monkeypatch):
+    order, seconds = [], {"a": iter([1, 1, 7]), "b": iter([2, 9, 3])}
+    monkeypatch.setattr(benchmark, "timed", lambda call, device: order.append(call) or
+                        next(seconds[call]))
+    found = benchmark.medians({"a": "a", "b": "b"}, 3, torch.device("cpu"))
+    assert found == {"a": 1, "b": 3} and order == list("ababab")
+
+
+def test_flops_are_those_of_the_products():
+    """2 for each weight and token, and 4 T W for each token in attention; the rest is small."""
+    c = model_file("farmer").Config(
+        image_size=32, patch_size=2, flow_width=32, ar_width=32, head_dim=32, informative_dim=6,
+        informative_mixtures=1)
+    layers = c.flow_blocks * [c.num_tokens - 1] + c.ar_layers * [c.num_tokens + c.class_tokens]
+    W = c.flow_width  # also of the AR
+    expected = sum(T * (24 * W**2 + 4 * T * W) for T in layers)
+    assert 1 < benchmark.counted("farmer", c)[1] / expected < 1.1
+
+
+SMALL = [*SMALL_FLAGS[:10], "--device", "cpu", "--rounds", "1"]
+
+
+def test_every_part_of_sampling_is_timed_beside_another_models(capsys, monkeypatch):
+    seen, stages = [], benchmark.stages
+    monkeypatch.setattr(benchmark, "stages", lambda model, options, *args:
+                        seen.append(options) or stages(model, options, *args))
+    benchmark.main(["sample", *SMALL, "--batch-sizes", "2", "--guidance", "0.5",
+                    "--against", "examples.minimal_model"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    parts = [(row[0], row[2]) for row in rows[2:]]
+    assert [getattr(options, "guidance", None) for options in seen] == [0.5, None]
+    ours = [("farmer:tiny", part) for part in ("whole", "prior", "forward", "exact", "student")]
+    assert parts == [*ours, ("examples.minimal_model", "whole")]
+
+
+def test_a_step_of_training_trains(capsys, monkeypatch):
+    models = []
+    build = benchmark.build
+    monkeypatch.setattr(benchmark, "build", lambda *args: models.append(build(*args)) or models[-1])
+    benchmark.main(["train", *SMALL, "--batch-size", "2", "--optimizer", "muon"])
+    torch.manual_seed(0)
+    before = build("farmer", models[0].config).parameters()
+    moved = [not torch.equal(p, q) for p, q in zip(models[0].parameters(), before, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    assert "MFU" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch, capsys):
+    commands = []
+
+    def run(command, check, timeout):
+        commands.append(command)
+        if len(commands) == 2:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    benchmark.main(["gpu", "--device", "cpu", "--tiny"])
+    benchmark.main(["gpu", "--device", "cpu"])
+    for command in commands:
+        benchmark.parse(command[2:], "farmer", model_file("farmer"))
+    out = capsys.readouterr().out
+    assert len(commands) == 12 and "farmer-1.1b-p16" in commands[-1]
+    assert out.count("FAILED: 1 |") == 1
+    fails(capsys, benchmark, ["train", *SMALL, "--against", "farmer:none"], "none", "fashion")
+
+def test_a_curves_minutes_are_those_of_training_and_values_means_over_seeds(tmp_path, monkeypatch):
+    lines = [dict(step=s, nats_per_dim=-s, images_per_s=r) for s, r in ((10, 1), (20, 0.25))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 20}\n')
+    state = SimpleNamespace(training=dict(batch_size=6))
+    monkeypatch.setattr(figures, "load_run", lambda run: (None, state))
+    assert figures.training_curve(str(tmp_path)) == ("nats_per_dim", [(1, -10), (5, -20)])
+    results = [dict(row=row, sampling=f"w = {w}", seed=seed, fd=w + seed)
+               for row in "ab" for w in (0.5, 2) for seed in (0, 1)]
+    means = [(0.5, 1), (2, 2.5)]
+    curves = figures.over(results, r"^w = ([0-9.]+)$", "fd", "sampling")
+    assert curves == {"a": means, "b": means}
+
+
+def test_a_missing_matplotlib_is_one_line(small_run, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails(capsys, figures, ["curve", small_run, "--out", tmp_path / "x.png"], "pip install")
+    fails(capsys, figures, ["curve", "--out", tmp_path / "x.png"], "folders of runs")
