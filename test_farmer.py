@@ -193,6 +193,8 @@ def test_scales_and_mixtures_are_bounded_and_never_in_bfloat16():
             *model.flow.blocks[0].mu_a(h), *model.prior.informative(h), *bare.flow(Z),
             model.prior.redundant(h[:, 0]).shared_log_prob(Z[..., 5:]), bare.flow.inverse(Z)]
 
+    new = Farmer(SMALL).prior.informative(torch.zeros(32))
+    assert new.mu.std(0).min() > 0 and not new.log_sigma.any()  # components start apart
     exact = results()
     assert 2.9 < exact[1].abs().max() <= 3 and 6.9 < exact[4].abs().max() <= 7
     with torch.autocast("cpu", torch.bfloat16):
@@ -554,15 +556,15 @@ def test_precision_bfloat16_acts_on_the_prior_and_the_student_alone(w):
 
 def test_denoising_is_a_step_along_the_exact_score():
     """x + sigma^2 grad log p(x|c), the gradient against finite differences in float64."""
-    model = randomised(small(whiten=True))
+    model = randomised(small(whiten=True, sampling=Sampling(guidance=1.0)))
     x = normal(3, 3, 8, 8)
     score = (model.denoise(x, LABELS, 0.3) - x) / 0.3**2
     step = 1e-6 * normal(3, 3, 8, 8)
     ahead, behind = (model.log_prob(x + s * step, LABELS).total for s in (1, -1))
     slope = (score * step).sum((1, 2, 3))
     assert torch.allclose((ahead - behind) / 2, slope, rtol=1e-4, atol=1e-9)
-    raw, clean = (
-        model.sample(LABELS, Sampling(guidance=1.0, denoise=s), each(3)) for s in (0.0, 0.05))
+    raw = model.sample(LABELS, None, each(3))  # with the config's options
+    clean = model.sample(LABELS, Sampling(guidance=1.0, denoise=0.05), each(3))
     assert torch.allclose(clean, model.denoise(raw, LABELS, 0.05))  # the last step of sampling
     assert not torch.allclose(clean, raw)
 
@@ -583,6 +585,8 @@ def test_an_error_names_what_is_wrong():
     for wrong in ([0, 4], [-1, 0], [0], [[0], [1]]):
         with pytest.raises(ValueError, match="labels: got .*expected 2 integers from 0 to 3"):
             model.log_prob(normal(2, 3, 8, 8), torch.tensor(wrong))
+    with pytest.raises(ValueError, match="inverse: got 'jacobi', expected exact or student"):
+        model.flow.inverse(normal(2, 16, 12), "jacobi")
 
 
 # ----------------------------------------------------------------------------- forks
