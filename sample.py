@@ -40,9 +40,10 @@ from support.sampling import (
 
 def parse(argv: list[str] | None):
     name, module = named_model(argv)
-    parser = Parser(prog="sample.py", description=__doc__)
+    parser = Parser(prog="sample.py", description=__doc__,
+                    usage="python sample.py DIR_OR_CKPT [options]")
     parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's folder or a .pt file")
-    parser.add_argument("-n", "--num", type=at_least(int, 1),
+    parser.add_argument("-n", "--num", type=at_least(int, 1), metavar="N",
                         help="images (default: 10 per class for a picture, else 1000)")
     parser.add_argument("--labels", help="classes to draw, by name or number, such as 0,3,7 "
                         "(default: all)")
@@ -54,9 +55,10 @@ def parse(argv: list[str] | None):
     parser.add_argument("--log-prob", action="store_true",
                         help="X.npz: also log p(x) and its parts in nats, and X.png, a picture of "
                         "the images with the lowest and the highest log-determinant")
-    parser.add_argument("--batch-size", type=at_least(int, 1), default=100,
+    parser.add_argument("--batch-size", type=at_least(int, 1), default=100, metavar="N",
                         help="images at a time; does not change them (default: 100)")
-    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="(default: 0)")
+    parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
+                        help="image i depends on it and on i (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group = parser.add_argument_group(f"sampling from {name} (default: as in the checkpoint)")
     add_fields(group, module.Sampling)
@@ -89,7 +91,7 @@ def chosen_classes(text: str, names: list[str] | None, num_classes: int) -> list
 
 
 def parse_sweep(text: str, options) -> dict[str, object]:
-    """"guidance=0,1" -> {"guidance 0": options with that, "guidance 1": ...}."""
+    """"guidance=0,1" -> {"0": options with that guidance, "1": ...}."""
     name, _, values = text.partition("=")
     name = name.replace("-", "_")
     kinds = value_types(type(options))
@@ -103,7 +105,9 @@ def parse_sweep(text: str, options) -> dict[str, object]:
         except ValueError:
             raise UserError(f"--sweep: got {value!r}, expected a value of type "
                             f"{kinds[name].__name__}") from None
-        columns[f"{name} {value}"] = dataclasses.replace(options, **{name: number})
+        if name == "guidance" and number == 0:
+            number = 1e-6  # as good as 0, and with the same candidates as the other columns
+        columns[value] = dataclasses.replace(options, **{name: number})
     return columns
 
 
@@ -148,7 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         names = class_names(labels.tolist(), names, num_classes)
         tiles = np.stack([placed(num, numbers, images) for numbers, images, _ in drawn], 1)
         tiles = tiles.reshape(-1, *images.shape[1:])
-        save_picture(out, grid(tiles, len(columns), names, list(columns)))
+        field = args.sweep.partition("=")[0]
+        save_picture(out, grid(tiles, len(columns), names, list(columns), field))
     elif picture:
         width = int(rows.bincount().max())
         tiles = np.full((len(classes), width, *images.shape[1:]), 255, np.uint8)
@@ -162,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         write_file(out, lambda file: np.savez(file, **arrays))
     if args.log_prob and len(images):
         save_picture(out.with_suffix(".png"), extremes(images, log_p))
-    print(f"{out}: {total} images in {duration(time.time() - start)}, {described(options)}")
+    print(f"{out}: {total} images in {duration(time.time() - start)}")
 
 
 def draw(model, labels: torch.Tensor, options, args, rank: int, device: torch.device):
@@ -217,16 +222,6 @@ def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10
 
 def save_picture(path, picture: Image.Image) -> None:
     write_file(path, lambda file: picture.save(file, "PNG"))
-
-
-def described(options) -> str:
-    """The settings that differ from the model's defaults."""
-    changed = []
-    for f in dataclasses.fields(options):
-        value = getattr(options, f.name)
-        if value != f.default:
-            changed.append(f"{f.name} {value}")
-    return ", ".join(changed) or "default settings"
 
 
 if __name__ == "__main__":

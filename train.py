@@ -142,10 +142,17 @@ def drop_labels(labels: torch.Tensor, numbers: torch.Tensor, train: Train,
 # ----------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None, name: str, module):
     first = first_preset(module)
-    parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--model", default=name, metavar="NAME", help="the model's file")
-    parser.add_argument("--preset", choices=module.PRESETS,
-                        help=f"model and training settings (default: {first})")
+    shown = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shown.add_argument("--preset", default=first)
+    shown = shown.parse_known_args(argv)[0].preset  # whose values --help names as defaults
+    if shown not in module.PRESETS:
+        shown = first
+    parser = Parser(prog="train.py", description=__doc__, usage="python train.py [options]")
+    parser.add_argument("--model", default=name, metavar="NAME",
+                        help="the model's file (default: farmer)")
+    parser.add_argument("--preset", choices=module.PRESETS, metavar="NAME",
+                        help=f"model and training settings: {', '.join(module.PRESETS)} "
+                        f"(default: {first})")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true",
                         help="go on from OUT/ckpt.pt; only data (moved), steps, seed may change")
@@ -157,10 +164,10 @@ def parse(argv: list[str] | None, name: str, module):
                        help="train the one-step student of a trained model")
 
     # One flag for each setting; it reads None where it is not given.
-    group = parser.add_argument_group(f"training (defaults of the preset {first})")
-    add_fields(group, Train, preset_settings(module, first))
-    group = parser.add_argument_group(f"model (defaults of the preset {first})")
-    add_fields(group, module.Config, module.PRESETS[first])
+    group = parser.add_argument_group(f"training (defaults of the preset {shown})")
+    add_fields(group, Train, preset_settings(module, shown))
+    group = parser.add_argument_group(f"model (defaults of the preset {shown})")
+    add_fields(group, module.Config, module.PRESETS[shown])
 
     how = parser.add_argument_group("how it runs (changes results by rounding at most)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -168,9 +175,9 @@ def parse(argv: list[str] | None, name: str, module):
                      help="of matrix products; auto = bfloat16 where this machine is fast in it")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction,
                      help="compile the layers, which takes a minute (default: on a GPU)")
-    how.add_argument("--workers", type=at_least(int, 0), default=2,
+    how.add_argument("--workers", type=at_least(int, 0), default=2, metavar="N",
                      help="processes that decode images, per device (default: 2)")
-    how.add_argument("--micro-batch", type=at_least(int, 1),
+    how.add_argument("--micro-batch", type=at_least(int, 1), metavar="N",
                      help="images per device and pass; gradients add up to batch_size")
     how.add_argument("--checkpointing", action="store_true",
                      help="recompute activations instead of keeping them: less memory, slower")

@@ -39,10 +39,20 @@ from support.distributed import pick_device, pick_precision, training_precision
 from support.sampling import default_labels
 from support.training import optimizers, prepare_layers
 
-STAGES = ("whole", "prior", "exact", "student", "forward")
+MINUTES = 8  # of a GPU
 
 
 # ----------------------------------------------------------------------------- models
+def new_models(args, name: str, module: ModuleType) -> dict[str, nn.Module]:
+    """The model that the command line describes, and the one of --against, by their names."""
+    config = dataclasses.replace(module.PRESETS[args.preset], **given(args, module.Config))
+    models = {f"{name}:{args.preset}": new_model(args, name, config)}
+    if args.against:
+        name, _, preset = args.against.partition(":")
+        models[args.against] = new_model(args, name, equal_config(name, preset, config))
+    return models
+
+
 def new_model(args, name: str, config) -> nn.Module:
     """A model with random weights, ready to be timed; for sampling also with a student."""
     torch.manual_seed(0)
@@ -56,27 +66,21 @@ def new_model(args, name: str, config) -> nn.Module:
     return model
 
 
-def opponent(args, first: nn.Module) -> nn.Module:
-    """--against MODEL: all numbers that its Config shares with the first model's are as there.
-
-    With MODEL:PRESET only the numbers that describe the images and tokens are.
-    """
-    name, _, preset = args.against.partition(":")
+def equal_config(name: str, preset: str, config):
+    """A model's preset, or its first, but all numbers that `config` has too are as there."""
     module = model_file(name)
-    same = ["image_size", "channels", "num_classes", "patch_size"]
-    if not preset:
-        preset = first_preset(module)
-        same = [f.name for f in dataclasses.fields(module.Config) if f.type is int]
+    preset = preset or first_preset(module)
     if preset not in module.PRESETS:
         raise UserError(f"--against: {name} has no preset {preset!r}; expected one of "
                         f"{', '.join(module.PRESETS)}")
-    shared = {f: getattr(first.config, f) for f in same if hasattr(first.config, f)}
-    return new_model(args, name, dataclasses.replace(module.PRESETS[preset], **shared))
+    numbers = [field.name for field in dataclasses.fields(module.Config) if field.type is int]
+    shared = {field: getattr(config, field) for field in numbers if hasattr(config, field)}
+    return dataclasses.replace(module.PRESETS[preset], **shared)
 
 
 def counted(name: str, config) -> tuple[nn.Module, float]:
     """A model without memory, and the FLOPs of one image's forward pass."""
-    n = getattr(config, "images_per_item", 1)  # where images do not come alone
+    n = 60  # for models that take images in groups
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = build(name, config)
         x = torch.zeros(n, config.channels, config.image_size, config.image_size)
@@ -102,38 +106,26 @@ def medians(work: dict[object, Callable], rounds: int, device: torch.device) -> 
     return {name: statistics.median(seconds[name] for seconds in times) for name in work}
 
 
-def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of the fastest of ten large matrix products: what this machine reaches."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, precision))
-    return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(10))
-
-
 # ----------------------------------------------------------------------------- sample
 @torch.no_grad()
 def sample(args, models: dict[str, nn.Module], changes: dict) -> Iterator[dict]:
     """Rows of the table: each part of sampling, at each batch size, in each model.
 
-    changes: of the first model's sampling settings; its guidance is that of the other, too.
+    changes: settings of Sampling, for the models that have them.
     """
-    first = next(iter(models))
     for batch_size in args.batch_sizes:
         work = {}
         for label, model in models.items():
             options = model.config.sampling
-            some = {name: value for name, value in changes.items() if hasattr(options, name)}
-            options = dataclasses.replace(options, **some)
+            shared = {name: value for name, value in changes.items() if hasattr(options, name)}
+            options = dataclasses.replace(options, **shared)
             for stage, call in stages(model, options, batch_size, args.device).items():
-                if stage in args.only:
-                    work[label, stage] = call
-                    call()  # warms up
+                work[label, stage] = call
+                call()  # warms up
         seconds = medians(work, args.rounds, args.device)
         for (label, stage), t in seconds.items():
-            row = {"model": label, "batch": batch_size, "part": stage,
+            yield {"model": label, "batch": batch_size, "part": stage,
                    "ms/image": 1000 * t / batch_size}
-            if len(models) > 1 and (first, stage) in seconds:
-                row["times as fast"] = seconds[first, stage] / t
-            yield row
 
 
 def stages(model: nn.Module, options, batch_size: int, device: torch.device) -> dict[str, Callable]:
@@ -144,9 +136,7 @@ def stages(model: nn.Module, options, batch_size: int, device: torch.device) -> 
     if hasattr(model, "sample_latents"):
         calls["prior"] = partial(model.sample_latents, labels, options, generators)
     if hasattr(model, "flow"):
-        X = model.patches(calls["whole"]())
-        Z, _ = model.flow(X, labels)
-        calls["forward"] = partial(model.flow, X, labels)
+        Z, _ = model.flow(model.patches(calls["whole"]()), labels)
         calls["exact"] = partial(model.flow.inverse, Z, labels=labels)
         if getattr(model, "student", None) is not None:
             calls["student"] = partial(model.flow.inverse, Z, "student", model.student, labels)
@@ -154,10 +144,9 @@ def stages(model: nn.Module, options, batch_size: int, device: torch.device) -> 
 
 
 # ----------------------------------------------------------------------------- train
-def train(args, models: dict[str, nn.Module], changes: dict) -> Iterator[dict]:
-    """Rows of the table. MFU: the share of the peak of this machine's matrix products."""
+def train(args, models: dict[str, nn.Module]) -> Iterator[dict]:
+    """Rows of the table: the first step, in which layers are compiled, and the speed after it."""
     precision = pick_precision(args.precision, args.device)
-    peak = peak_flops(args.device, precision)
     cuda = args.device.type == "cuda"
     work = {}
     rows = {}
@@ -165,7 +154,7 @@ def train(args, models: dict[str, nn.Module], changes: dict) -> Iterator[dict]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         work[label] = training_step(args, model, precision)
-        rows[label] = {"model": label, "precision": precision, "compiled": args.compile,
+        rows[label] = {"model": label, "precision": precision,
                        "first step, s": timed(work[label], args.device)}
         work[label]()  # now with the optimizer's state
         if cuda:
@@ -175,8 +164,6 @@ def train(args, models: dict[str, nn.Module], changes: dict) -> Iterator[dict]:
         row["images/s"] = args.batch_size / seconds[label]
         _, forward = counted(models[label].model_name, models[label].config)
         row["TFLOP/s"] = 3 * forward * row["images/s"] / 1e12  # a backward costs two
-        row["MFU"] = row["TFLOP/s"] * 1e12 / peak
-        row["times as fast"] = seconds[next(iter(models))] / seconds[label]
         yield row
 
 
@@ -215,49 +202,42 @@ def sizes(name: str, module: ModuleType) -> Iterator[dict]:
         yield row | {"GFLOP/image, forward": flops / 1e9}
 
 
-def gpu(args, name: str, module: ModuleType) -> Iterator[dict]:
+def gpu(args, name: str) -> Iterator[dict]:
     """Rows of the table: what was run and how it ended. The parts print tables of their own.
 
     The part that is worth most comes first. Each is a process, so that whatever happens to it, the
     GPU's own errors among them, costs no other part.
     """
-    preset = args.preset
-    compiling = "--compile"
-    sizes = (32, 128, "64,1", "16")
-    if args.tiny:
-        preset = first_preset(module)
-        compiling = "--no-compile"  # a CPU takes a minute for it
-        sizes = (2, 4, "2,1", "2")
-    batch, large, batches, middle = sizes
+    compiled = "--compile" if args.device.type == "cuda" else ""  # a CPU takes a minute for it
     parts = (
-        f"train {compiling} --batch-size {batch}",
-        f"sample --no-compile --batch-sizes {batches}",
-        f"train --no-compile --batch-size {batch}",
-        f"train {compiling} --checkpointing --batch-size {large}",
-        f"sample --no-compile --batch-sizes {middle}",
-        f"sample {compiling} --batch-sizes {batches}",
+        f"train --batch-size 32 {compiled}",
+        "sample --batch-sizes 64,1",
+        "train --batch-size 32",
+        f"train --batch-size 128 --checkpointing {compiled}",
+        "sample --batch-sizes 16",
+        f"sample --batch-sizes 64,1 {compiled}",
     )
-    end = time.monotonic() + 60 * args.minutes
+    end = time.monotonic() + 60 * MINUTES
     for part in parts:
-        command = f"{part} --model {name} --preset {preset} --device {args.device.type} --rounds 3"
-        print(f"\n`results/benchmark.py {command}`\n", flush=True)
+        part = f"{part} --model {name} --preset {args.preset} --device {args.device.type}"
+        print(f"\n`results/benchmark.py {part}`\n", flush=True)
         start = time.monotonic()
         try:
-            subprocess.run([sys.executable, __file__, *command.split()], check=True,
-                           timeout=max(0.1, end - start))
-            result = "done"
-        except subprocess.SubprocessError as error:
-            code = getattr(error, "returncode", "the time was over")
-            result = f"FAILED: {code}"
-        yield {"part": part, "s": time.monotonic() - start, "result": result}
+            command = [sys.executable, __file__, *part.split(), "--rounds", "3"]
+            result = subprocess.run(command, timeout=end - start).returncode
+        except subprocess.TimeoutExpired:
+            result = "the time was over"
+        yield {"part": part, "s": time.monotonic() - start, "exit code": result}
 
 
 # ----------------------------------------------------------------------------- command line
 def integers(text: str) -> list[int]:
+    """1,16 -> [1, 16]."""
     return [int(part) for part in text.split(",")]
 
 
 def parse(argv: list[str] | None, name: str, module: ModuleType) -> argparse.Namespace:
+    """The command line, with the flags of this model; its device is a torch.device."""
     parser = Parser(prog="benchmark.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     of_sample = commands.add_parser("sample", help="ms per image of each part of sampling")
@@ -267,33 +247,33 @@ def parse(argv: list[str] | None, name: str, module: ModuleType) -> argparse.Nam
     for p in (of_sample, of_train, of_sizes, of_gpu):
         p.add_argument("--model", default=name, metavar="NAME", help="the model's file")
         p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    of_gpu.set_defaults(device="cuda")
     for p in (of_sample, of_train):
         p.add_argument("--preset", choices=module.PRESETS, default=first_preset(module),
                        help="(default: %(default)s)")
         p.add_argument("--against", metavar="MODEL[:PRESET]", help="another model of equal shape")
-        p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="(default: on a GPU)")
+        p.add_argument("--compile", action="store_true", help="the layers, as on a GPU")
         p.add_argument("--rounds", type=at_least(int, 1), default=5, help="(default: 5)")
         add_fields(p.add_argument_group("model"), module.Config)
     of_sample.add_argument("--batch-sizes", type=integers, default=[1, 16, 64],
                            help="(default: 1,16,64)")
-    of_sample.add_argument("--only", nargs="+", choices=STAGES, default=STAGES,
-                           help="time these parts (default: all)")
     add_fields(of_sample.add_argument_group("sampling"), module.Sampling)
     of_train.add_argument("--batch-size", type=at_least(int, 1), default=32, help="(default: 32)")
     of_train.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     of_train.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     of_train.add_argument("--checkpointing", action="store_true", help="recompute activations")
     of_gpu.add_argument("--preset", default="farmer-1.1b-p16", help="(default: %(default)s)")
-    of_gpu.add_argument("--minutes", type=float, default=8, help="(default: 8)")
-    of_gpu.add_argument("--tiny", action="store_true", help="the model's first preset instead")
-    return parser.parse_args(argv)
+    of_gpu.add_argument("--tiny", action="store_const", dest="preset", const=first_preset(module),
+                        help="the model's first preset, for a CPU")
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    return args
 
 
 def print_table(rows: list[dict]) -> None:
     """Rows as Markdown; a column for each name that one of them has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for row in rows:
         cells = [row.get(name, "") for name in columns]
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
@@ -301,27 +281,23 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prints the table that the command line asks for."""
     name, module = named_model(argv)
     args = parse(argv, name, module)
     if args.command == "sizes":
-        return print_table(list(sizes(name, module)))
-    if args.command == "gpu":
-        args.device = pick_device("cuda" if args.device == "auto" else args.device)
-        rows = list(gpu(args, name, module))
-        print()
-        return print_table(rows)
-    args.device = pick_device(args.device)
-    cuda = args.device.type == "cuda"
-    if args.compile is None:
-        args.compile = cuda
-    config = dataclasses.replace(module.PRESETS[args.preset], **given(args, module.Config))
-    models = {f"{name}:{args.preset}": new_model(args, name, config)}
-    if args.against:
-        models[args.against] = opponent(args, *models.values())
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}\n")
-    measure = train if args.command == "train" else sample
-    print_table(list(measure(args, models, given(args, module.Sampling))))
+        rows = sizes(name, module)
+    elif args.command == "gpu":
+        rows = gpu(args, name)
+    else:
+        cuda = args.device.type == "cuda"
+        where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+        print(f"{where}, torch {torch.__version__}")
+        models = new_models(args, name, module)
+        if args.command == "train":
+            rows = train(args, models)
+        else:
+            rows = sample(args, models, given(args, module.Sampling))
+    print_table(list(rows))
 
 
 if __name__ == "__main__":

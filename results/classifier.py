@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import dataclasses
 
 import numpy as np
@@ -47,11 +46,11 @@ class Classifier(nn.Module):
 
     classes: list[str]
 
-    def __init__(self, channels: int, num_classes: int, classes: list[str] | None):
+    def __init__(self, channels: int, num_classes: int, classes: list[str]):
         super().__init__()
         self.channels = channels
         self.num_classes = num_classes
-        self.classes = classes or []  # their names, if they have names
+        self.classes = classes  # their names; [] where they are numbers
         layers = []
         for before, after, stride in ((channels, 32, 2), (32, 64, 1), (64, 128, 2), (128, 128, 1)):
             layers += [nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU()]
@@ -60,22 +59,19 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The features, which are all that fid.py uses."""
         return self.body(x)
 
     @torch.jit.export
     def classify(self, x: Tensor) -> Tensor:
+        """The logits of the classes."""
         return self.head(self.forward(x))
 
 
-def load_classifier(path: str, channels: int | None) -> nn.Module:
-    """A network that `fit` wrote, for images of so many channels; None: it reads either."""
+def load_classifier(path: str) -> nn.Module:
+    """A network that `fit` wrote."""
     with reading(path, f"fit a network: python results/classifier.py fit DATA {path}"):
-        network = torch.jit.load(expanded(path)).eval()
-        reads = network.channels
-    if channels not in (None, reads):
-        raise UserError(f"{path} reads images of {reads} channels, and these have {channels}; fit "
-                        f"a network with --channels {channels}")
-    return network
+        return torch.jit.load(expanded(path)).eval()
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -85,27 +81,24 @@ def to_float(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read_right(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The part of uint8 images (B, C, H, W) that the network reads as their label."""
+    """The percentage of uint8 images (B, C, H, W) that the network reads as their label.
+
+    A network of colours reads grey images too.
+    """
+    images = images.expand(-1, network.channels, -1, -1)
     read = torch.cat([network.classify(to_float(x)).argmax(1) for x in images.split(BATCH)])
-    return (read == labels).float().mean().item()
+    return 100 * (read == labels).float().mean().item()
 
 
 # ----------------------------------------------------------------------------- fit, heldout, read
 def open_data(args) -> Split:
-    """The data as they are, unless flags say otherwise.
-
-    Held out: the test split, or else a fifth of the smallest class from each, at most 500.
-    """
-    images = open_images(args.first, size=args.image_size or 16)  # of the digits, drawn at a size
+    """The data, in their own size unless --image-size says otherwise; files are read as RGB."""
+    images = open_images(args.first, size=16)  # the size at which digits are drawn
     if images.labels is None:
         raise UserError(f"{args.first} has no labels; expected class folders, or labels in a file")
-    channels = 3 if images.array is None else images.array.shape[-1]
     size = args.image_size or min(images.read(0).shape[:2])
-    holdout = args.holdout
-    if holdout is None:
-        smallest = np.unique(images.labels, return_counts=True)[1].min()
-        holdout = 0 if images.test else min(500, int(smallest) // 5)
-    split = open_split(args.first, size, args.channels or channels, holdout)
+    channels = 3 if images.array is None else images.array.shape[-1]
+    split = open_split(args.first, size, channels, args.holdout)
     print(f"data: {split.summary}", file=sys.stderr)
     return split
 
@@ -113,12 +106,6 @@ def open_data(args) -> Split:
 def everything(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     """All images (n, C, H, W) uint8 and labels (n,)."""
     return dataset.batch(np.arange(len(dataset)))
-
-
-def noised(images: Tensor, largest: float) -> Tensor:
-    """uint8 images -> floats with noise, of a random standard deviation for each image."""
-    x = to_float(images)
-    return x + largest * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
 
 
 def fit(args) -> None:
@@ -135,20 +122,19 @@ def fit(args) -> None:
     progress = Progress("steps", steps)
     for step in range(steps):
         i = torch.randint(len(images), (BATCH,))
-        logits = network.classify(noised(images[i], args.noise))
+        x = to_float(images[i])
+        x += args.noise * torch.rand(BATCH, 1, 1, 1) * torch.randn_like(x)
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels[i]).backward()
+        F.cross_entropy(network.classify(x), labels[i]).backward()
         optimizer.step()
         schedule.step()
         progress(step + 1)
     write_file(out, lambda f: torch.jit.save(torch.jit.script(network.eval()), f))
 
-    kind = "training"
-    if split.held_out is not None:
-        images, labels = everything(split.held_out)
-        kind = "held-out"
+    kind = "held-out" if split.held_out else "training"
+    images, labels = everything(split.held_out or split.train)
     right = read_right(network, images, labels)
-    print(f"{out}: reads {100 * right:.1f}% of {len(labels)} {kind} images right")
+    print(f"{out}: reads {right:.1f}% of {len(labels)} {kind} images right")
 
 
 def heldout(args) -> None:
@@ -164,14 +150,13 @@ def heldout(args) -> None:
 
 def read(args) -> None:
     """Prints how many labelled images a network reads as their label."""
+    network = load_classifier(args.first)
     samples = open_images(args.second)
-    channels = None if samples.array is None else samples.array.shape[-1]
-    network = load_classifier(args.first, channels)
     samples = labels_for(samples, network.classes, network.num_classes)
     size = min(samples.read(0).shape[:2])
     dataset = ImageDataset(samples, np.arange(len(samples)), size, network.channels)
     right = read_right(network, *everything(dataset))
-    print(f"{args.second}: {100 * right:.1f}% of {len(samples)} images read as their label")
+    print(f"{args.second}: {right:.1f}% of {len(samples)} images read as their label")
 
 
 # ----------------------------------------------------------------------------- swap
@@ -192,20 +177,20 @@ def exchanged(model: nn.Module, x: Tensor, labels: Tensor, part: str, images: Te
 
 def swap(args) -> None:
     """What an i.i.d. draw of Z_R throws away shows in how much exchanging it changes."""
+    network = load_classifier(args.first)
     model, state = load_run(args.second)
     c = model.config
     if not hasattr(c, "informative_dim"):
         raise UserError(f"{args.second}: {model.model_name} has no latents Z_I and Z_R")
-    network = load_classifier(args.first, c.channels)
-    train = state.training
-    split = open_split(train["data"], c.image_size, c.channels, train["holdout"], train["enlarge"],
-                       state.classes or [], c.num_classes)
+    run = state.training
+    split = open_split(run["data"], c.image_size, c.channels, run["holdout"], run["enlarge"],
+                       state.classes, c.num_classes)
     print(f"data: {split.summary}", file=sys.stderr)
     dataset = split.held_out or split.train
     some = np.arange(min(args.num, len(dataset)))
     pixels, labels = dataset.batch(some)
     generators = image_generators(args.seed, some, pixels.device)
-    x = dequantize(pixels, train["noise"], train["noise_end"], generators)
+    x = dequantize(pixels, run["noise"], run["noise_end"], generators)
 
     images = torch.arange(len(x))
     tokens = torch.arange(c.num_tokens)
@@ -213,34 +198,34 @@ def swap(args) -> None:
     ways = {"left alone": (images, tokens), "exchanged between tokens": (images, shuffled),
             "exchanged between images": (images.roll(1), tokens)}
     for part in ("Z_I", "Z_R"):
-        for name, (of_images, of_tokens) in ways.items():
-            y = exchanged(model, x, labels, part, of_images, of_tokens)
+        for name, sources in ways.items():
+            y = exchanged(model, x, labels, part, *sources)
             error = (y - x).clamp(-2, 2).square().mean()
             right = read_right(network, quantize(y), labels)
-            print(f"{part}, {name}: MSE {error:.3f}, {100 * right:.1f}% read right")
+            print(f"{part}, {name}: MSE {error:.3f}, {right:.1f}% read right")
 
 
 # ----------------------------------------------------------------------------- command line
 def main(argv: list[str] | None = None) -> None:
+    """Runs the action that the command line names."""
     parser = Parser(prog="classifier.py", description=__doc__)
-    parser.add_argument("action", choices=("fit", "heldout", "read", "swap"))
+    actions = dict(fit=fit, heldout=heldout, read=read, swap=swap)
+    parser.add_argument("action", choices=actions)
     parser.add_argument("first", help="fit, heldout: data, as train.py takes them; else a network")
     parser.add_argument("second", help="fit, heldout: the file to write; read: images with labels; "
                         "swap: a run")
     parser.add_argument("--noise", type=at_least(float, 0), default=0.1,
                         help="fit: largest std of noise on the images (default: 0.1)")
     parser.add_argument("--epochs", type=at_least(int, 1), default=3, help="fit (default: 3)")
-    parser.add_argument("--holdout", type=at_least(int, 0), help="fit, heldout: images per class "
-                        "(default: the test split, or a fifth)")
+    parser.add_argument("--holdout", type=at_least(int, 0), default=0,
+                        help="fit, heldout: images per class (default: the test split)")
     parser.add_argument("--image-size", type=at_least(int, 1),
                         help="fit, heldout (default: the data's)")
-    parser.add_argument("--channels", type=int, choices=(1, 3),
-                        help="fit, heldout (default: the data's, 3 for files)")
     parser.add_argument("--num", type=at_least(int, 1), default=200,
                         help="swap: images (default: 200)")
     parser.add_argument("--seed", type=at_least(int, 0), default=0, help="(default: 0)")
-    args: argparse.Namespace = parser.parse_args(argv)
-    dict(fit=fit, heldout=heldout, read=read, swap=swap)[args.action](args)
+    args = parser.parse_args(argv)
+    actions[args.action](args)
 
 
 if __name__ == "__main__":

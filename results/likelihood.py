@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 import json
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -31,50 +30,46 @@ from support.distributed import pick_device
 BATCH = 100
 
 
-# ----------------------------------------------------------------------------- images
-def some_images(split: Split, num: int) -> tuple[Tensor, Tensor]:
-    """Up to `num` images (n, C, H, W) uint8, spread over the set, and their labels (n,).
+# ----------------------------------------------------------------------------- densities
+def noised_images(split: Split, training: dict, args) -> tuple[Tensor, Tensor]:
+    """--num images (n, C, H, W), spread over a set, as floats, and their labels (n,).
 
-    They are of the hold-out, else of the test split, else of all the data.
+    They are of the hold-out, else of the test split, else of all the data. Their noise is what the
+    model's training ended with, and depends on --seed and the place of an image alone.
     """
     print(f"data: {split.summary}", file=sys.stderr)
     dataset = split.held_out or split.train
-    return dataset.batch(np.linspace(0, len(dataset) - 1, min(num, len(dataset))).astype(np.int64))
-
-
-def noised(images: Tensor, training: dict, seed: int) -> Iterator[Tensor]:
-    """uint8 images -> batches of floats with the noise that training ended with, from the seed."""
-    kind = "uniform" if training["noise"] == "rgb" else training["noise"]  # as rgb ends
-    progress = Progress("images", len(images))
-    for i in range(0, len(images), BATCH):
-        part = images[i:i + BATCH]
-        generators = image_generators(seed, range(i, i + len(part)), part.device)
-        yield dequantize(part, kind, training["noise_end"], generators)
-        progress(i + len(part))
+    n = min(args.num, len(dataset))
+    images, labels = dataset.batch(np.linspace(0, len(dataset) - 1, n).astype(np.int64))
+    noise = "uniform" if training["noise"] == "rgb" else training["noise"]  # as rgb ends
+    generators = image_generators(args.seed, range(n), args.device)
+    x = dequantize(images.to(args.device), noise, training["noise_end"], generators)
+    return x, labels.to(args.device)
 
 
 @torch.no_grad()
-def log_probs(model: nn.Module, training: dict, images: Tensor, labels: Tensor | None,
-              seed: int) -> dict[str, Tensor]:
-    """The fields of log_prob, each (n,) float64 in nats. labels None: unconditional."""
-    parts = []
-    for i, x in enumerate(noised(images, training, seed)):
-        y = None if labels is None else labels[i * BATCH:(i + 1) * BATCH]
-        parts.append(model.log_prob(x, y))
-    names = parts[0]._fields
-    return {name: torch.cat([getattr(part, name) for part in parts]).double() for name in names}
+def log_probs(model: nn.Module, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """The fields of log_prob, each (n,) float64 in nats, and with a logdet also log p(z).
+
+    labels None: unconditional.
+    """
+    progress = Progress("images", len(x))
+    batches = []
+    for i in range(0, len(x), BATCH):
+        y = None if labels is None else labels[i:i + BATCH]
+        batches.append(model.log_prob(x[i:i + BATCH], y)._asdict())
+        progress(i)
+    log_p = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+    if "logdet" in log_p:
+        log_p["log p(z)"] = log_p["total"] - log_p["logdet"]
+    return log_p
 
 
 # ----------------------------------------------------------------------------- posterior
-def posterior(model: nn.Module, training: dict, images: Tensor, labels: Tensor, seed: int) -> dict:
-    """Bayes' rule with equally likely classes: argmax_c log p(x|c) as a classifier.
-
-    An image has the same noise under every class.
-    """
-    scores = []
-    for c in range(model.config.num_classes):
-        of_class = torch.full_like(labels, c)
-        scores.append(log_probs(model, training, images, of_class, seed)["total"])
+def posterior(model: nn.Module, x: Tensor, labels: Tensor) -> dict:
+    """Bayes' rule with equally likely classes: argmax_c log p(x|c) as a classifier."""
+    classes = range(model.config.num_classes)
+    scores = [log_probs(model, x, torch.full_like(labels, c))["total"] for c in classes]
     log_p = torch.stack(scores, 1)  # (n, classes)
     accuracy = (log_p.argmax(1) == labels).double().mean().item()
     return dict(
@@ -95,18 +90,15 @@ def auroc(low: Tensor, high: Tensor) -> float:
     return float(pairs) / (len(low) * len(high))
 
 
-def ood(model: nn.Module, training: dict, inside: Tensor, outside: Tensor, seed: int) -> dict:
+def ood(model: nn.Module, inside: Tensor, outside: Tensor) -> dict:
     """log p(x) and its parts, without a label, of two sets of images: nats/dim, and the AUROC.
 
     At an AUROC of 1 every image of the first set has the higher value. Below 0.5 the foreign set
     is *more* likely, for which flows are known: smooth, simple images have high densities.
     """
     D = inside[0].numel()
-    a = log_probs(model, training, inside, None, seed)
-    b = log_probs(model, training, outside, None, seed)
-    if "logdet" in a:
-        a["log p(z)"] = a["total"] - a["logdet"]
-        b["log p(z)"] = b["total"] - b["logdet"]
+    a = log_probs(model, inside, None)
+    b = log_probs(model, outside, None)
     result = {}
     for name in a:
         means = dict(inside=a[name].mean().item() / D, outside=b[name].mean().item() / D)
@@ -121,7 +113,7 @@ def log_sum_of_levels(y: Tensor, sigma: float) -> Tensor:
     x_k = (k + 1/2) / 128 - 1 is the value of level k of the 8 bits.
     """
     levels = (torch.arange(256, device=y.device) + 0.5) / 128 - 1
-    total = torch.zeros(len(y), device=y.device, dtype=torch.float64)
+    total = 0
     for pixels in y.double().flatten(1).split(256, 1):  # in blocks, to bound the memory
         e = (pixels.unsqueeze(-1) - levels) / sigma  # (n, pixels, 256)
         log_n = -0.5 * e.square() - math.log(sigma * math.sqrt(2 * math.pi))
@@ -129,9 +121,8 @@ def log_sum_of_levels(y: Tensor, sigma: float) -> Tensor:
     return total
 
 
-def bound(model: nn.Module, training: dict, images: Tensor, labels: Tensor | None,
-          seed: int) -> dict:
-    """An upper bound on the bits/dim of 8-bit images under a model q(y) of y = x + sigma eps.
+def bound(model: nn.Module, y: Tensor, labels: Tensor | None, training: dict) -> dict:
+    """An upper bound on the bits/dim of 8-bit images x under a model q(y) of y = x + sigma eps.
 
     Such a model's density is not that of the data, but it makes one: draw y from q, then each
     pixel's level from a decoder P(x_int|y). Then P(x_int) = integral q(y) P(x_int|y) dy, and for
@@ -143,15 +134,15 @@ def bound(model: nn.Module, training: dict, images: Tensor, labels: Tensor | Non
     all levels are equally likely: P(k|y) = N(y; x_k, sigma^2) / sum_j N(y; x_j, sigma^2). Their
     quotient leaves 1 / sum_j N(y; x_j, sigma^2) for each pixel.
     """
+    if training["noise"] != "gaussian":
+        raise UserError(f"bound: this model was trained with {training['noise']} noise; expected "
+                        "gaussian: for uniform noise train.py --eval gives bits/dim directly")
     sigma = training["noise_end"]
-    if training["noise"] != "gaussian" or sigma <= 0:
-        raise UserError(f"bound: this model was trained with {training['noise']} noise of std "
-                        f"{sigma:g}; for uniform noise train.py --eval gives bits/dim directly")
-    log_q = log_probs(model, training, images, labels, seed)["total"]
-    others = [log_sum_of_levels(y, sigma) for y in noised(images, training, seed)]
-    bits = (torch.cat(others) - log_q) / images[0].numel() / math.log(2)
+    log_q = log_probs(model, y, labels)["total"]
+    others = torch.cat([log_sum_of_levels(part, sigma) for part in y.split(BATCH)])
+    bits = (others - log_q) / y[0].numel() / math.log(2)
     return dict(
-        images=len(images),
+        images=len(y),
         bits_per_dim_at_most=bits.mean().item(),
         standard_error=(bits.std() / math.sqrt(len(bits))).item(),
         sigma=sigma,
@@ -160,52 +151,45 @@ def bound(model: nn.Module, training: dict, images: Tensor, labels: Tensor | Non
 
 # ----------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; for ood `data` are two sets of images, else one or None."""
     parser = Parser(prog="likelihood.py", description=__doc__)
-    parser.add_argument("action", choices=("posterior", "ood", "bound"))
-    parser.add_argument("run", metavar="DIR_OR_CKPT", help="a trained model")
-    parser.add_argument("data", nargs="*", help="ood: two sets of images; else one (default: the "
-                        "run's hold-out or test split)")
-    parser.add_argument("--num", type=at_least(int, 2), default=1000,
-                        help="images, spread over the set (default: 1000)")
-    parser.add_argument("--seed", type=at_least(int, 0), default=0,
-                        help="of the images' noise (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    if args.action == "ood" and len(args.data) != 2:
-        parser.error(f"ood: got {len(args.data)} sets of images, expected 2: the model's own and "
-                     "a foreign one")
-    if args.action != "ood" and len(args.data) > 1:
-        parser.error(f"{args.action}: got {len(args.data)} sets of images, expected at most 1")
-    return args
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("posterior", "ood", "bound"):
+        action = actions.add_parser(name)
+        action.add_argument("run", metavar="DIR_OR_CKPT", help="a trained model")
+        action.add_argument("data", nargs=2 if name == "ood" else "?", help="ood: the model's own "
+                            "images and foreign ones; else the run's hold-out or test split")
+        action.add_argument("--num", type=at_least(int, 2), default=1000,
+                            help="images, spread over the set (default: 1000)")
+        action.add_argument("--seed", type=at_least(int, 0), default=0,
+                            help="of the images' noise (default: 0)")
+        action.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prints the result of the action that the command line names, as JSON."""
     args = parse(argv)
-    device = pick_device(args.device)
-    model, state = load_run(args.run, device)
+    args.device = pick_device(args.device)
+    model, state = load_run(args.run, args.device)
     if not hasattr(model, "log_prob"):
         raise UserError(f"{args.run}: {model.model_name} has no likelihood (no log_prob)")
     c = model.config
     training = state.training
     if args.action == "ood":
-        sets = []
-        for data in args.data:
-            split = open_split(data, c.image_size, c.channels)
-            sets.append(some_images(split, args.num)[0].to(device))
-        result = ood(model, training, *sets, args.seed)
+        splits = [open_split(data, c.image_size, c.channels, num_classes=0) for data in args.data]
+        result = ood(model, *[noised_images(split, training, args)[0] for split in splits])
     else:
-        data = args.data[0] if args.data else training["data"]
         holdout = 0 if args.data else training["holdout"]
-        split = open_split(data, c.image_size, c.channels, holdout, training["enlarge"],
-                           state.classes or [], c.num_classes)
-        images, labels = [t.to(device) for t in some_images(split, args.num)]
+        split = open_split(args.data or training["data"], c.image_size, c.channels, holdout,
+                           training["enlarge"], state.classes, c.num_classes)
+        x, labels = noised_images(split, training, args)
         if args.action == "bound":
-            labels = labels if c.num_classes else None
-            result = bound(model, training, images, labels, args.seed)
-        elif c.num_classes == 0:
-            raise UserError(f"posterior: {args.run} knows no classes")
+            result = bound(model, x, labels if c.num_classes else None, training)
+        elif c.num_classes:
+            result = posterior(model, x, labels)
         else:
-            result = posterior(model, training, images, labels, args.seed)
+            raise UserError(f"posterior: {args.run} knows no classes")
     print(json.dumps(result, indent=1))
 
 

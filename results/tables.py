@@ -5,7 +5,7 @@
     python results/tables.py table4 --rows "AF" "Jet"    # these rows alone
     python results/tables.py table3 --print              # the table as it is; trains nothing
 
-A row is one training run, sampled from in one way. It trains for the number of steps that
+A row is one training run, sampled from in one or more ways. It trains for the number of steps that
 --minutes of one core hold. These are measured once, as processor time, and kept in steps.json, so
 that a row that is run again is the same run. Scores are of 2,000 samples against the test split;
 FD, precision and recall are in the features of a small classifier, which also reads the labels.
@@ -24,25 +24,22 @@ sys.path.insert(0, str(REPOSITORY))
 import argparse
 import json
 import os
-import platform
 import re
 import resource
-import shutil
 import statistics
 import subprocess
-import time
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from support.checkpoints import load
-from support.cli import Parser, UserError, at_least, reading, run_script, warn, write_file
+from support.cli import Parser, UserError, at_least, run_script
 from support.datasets import open_images
 
 PUBLISHED = REPOSITORY / "results"
 OWN = REPOSITORY / "runs" / "tables"
-CLASSIFIER = REPOSITORY / "assets" / "fashion-classifier.pt"
+CLASSIFIER = "assets/fashion-classifier.pt"
 DATA = "fashion-mnist"
 NUM_SAMPLES = 2000
 QUIET = ["--workers", "0", "--sample-every", "0", "--val-every", "0"]
@@ -51,114 +48,127 @@ QUIET = ["--workers", "0", "--sample-every", "0", "--val-every", "0"]
 # ----------------------------------------------------------------------------- the tables
 @dataclass(frozen=True)
 class Row:
-    """A line of a table."""
+    """One training run, and a line of the table for each way of sampling from it."""
 
     name: str
     weights: str  # flags of train.py, or a checkpoint; empty for real images
-    sampling: str = ""  # what the table says of the flags
-    flags: str | None = None  # of sample.py; None: the held-out likelihood instead of samples
+    ways: dict[str, str]  # what the table says of the sampling: the flags of sample.py
     student: bool = False  # distil the trained model first
 
 
-def guided(name: str, weights: str, *ws: float, more: str = "", student: bool = False) -> list[Row]:
-    """A line for each guidance weight w; `more` are further flags of sample.py."""
-    flags = [f"--guidance {w} {more}".strip() for w in ws]
-    return [Row(name, weights, f"w = {w}", f, student) for w, f in zip(ws, flags, strict=True)]
+def guidance(*weights: float, more: str = "") -> dict[str, str]:
+    """Ways of sampling with these guidance weights w; `more` are further flags of sample.py."""
+    return {f"w = {w}": f"--guidance {w} {more}".strip() for w in weights}
 
 
-def swept(weights: str, ways: dict[str, str]) -> list[Row]:
-    """A line for each name and flags of sample.py, from the same weights."""
-    return [Row(weights, weights, name, flags) for name, flags in ways.items()]
-
-
-OURS = "--preset fashion"
 FINISHED = "assets/fashion.pt"
-MIXING = "--model examples.channel_mixing --preset fashion"
-JET = "--model baselines.jetformer --preset table4"
-THEIRS = "--no-whiten --redundant-mixtures 64"  # the paper's setting in miniature
-EXACT = "--inverse exact --guidance 1"
-EULER = "--steps 20"
+LIKELIHOOD = {"": "--eval"}  # instead of flags of sample.py: the likelihood of the test split
 NAIVE = "--guidance-method reject"
-WS = (0, 0.5, 0.75, 1, 1.5, 2)
+W_0 = guidance(0)
+W_1 = guidance(1)
+BOTH = guidance(0, 1)
+EULER = guidance(0, 1, more="--steps 20")
+REAL = Row("real images", "", {"": ""})
 
 TABLES: dict[str, list[Row]] = {
     "table3": [
-        *guided("no split", f"{OURS} --informative-dim 16 --class-tokens 1 --no-final-flip", 0),
-        *guided("+ split", f"{OURS} --class-tokens 1 --no-final-flip", 0),
-        *guided("+ split + class tokens", f"{OURS} --no-final-flip", 0),
-        *guided("+ split + final flip", f"{OURS} --class-tokens 1", 0),
-        *guided("all", OURS, 0),
-        *guided("all, N(0, I) for Z_R", f"{OURS} --redundant-prior gaussian", 0, 1),
-        *guided("all + naive CFG", OURS, 1, more=NAIVE),
-        *guided("all + resampling CFG", OURS, 1),
+        Row("no split", "--preset fashion --informative-dim 16 --class-tokens 1 --no-final-flip",
+            W_0),
+        Row("+ split", "--preset fashion --class-tokens 1 --no-final-flip", W_0),
+        Row("+ split + class tokens", "--preset fashion --no-final-flip", W_0),
+        Row("+ split + final flip", "--preset fashion --class-tokens 1", W_0),
+        Row("all", "--preset fashion", W_0),
+        Row("all, N(0, I) for Z_R", "--preset fashion --redundant-prior gaussian", BOTH),
+        Row("all + naive CFG", "--preset fashion", guidance(1, more=NAIVE)),
+        Row("all + resampling CFG", "--preset fashion", W_1),
+        REAL,
     ],
     "table4": [
-        *guided("Jet, no map, K_R = 64", f"{JET} {THEIRS}", 1),
-        *guided("AF, no map, K_R = 64", f"{OURS} {THEIRS}", 1),
-        *guided("AF + student, no map, K_R = 64", f"{OURS} {THEIRS}", 1, student=True),
-        *guided("Jet", JET, 1),
-        *guided("AF", OURS, 1),
-        *guided("AF, 8 blocks x 1 layer", f"{OURS} --flow-blocks 8 --flow-layers 1", 1),
-        *guided("AF + 1 coupling", f"{MIXING} --couplings 1", 1),
-        *guided("AF + 2 couplings", f"{MIXING} --couplings 2", 1),
+        Row("Jet, no map, K_R = 64",
+            "--model baselines.jetformer --preset table4 --no-whiten --redundant-mixtures 64", W_1),
+        Row("AF, no map, K_R = 64", "--preset fashion --no-whiten --redundant-mixtures 64", W_1),
+        Row("AF + student, no map, K_R = 64",
+            "--preset fashion --no-whiten --redundant-mixtures 64",
+            W_1, student=True),
+        Row("Jet", "--model baselines.jetformer --preset table4", W_1),
+        Row("AF", "--preset fashion", W_1),
+        Row("AF, 8 blocks x 1 layer", "--preset fashion --flow-blocks 8 --flow-layers 1", W_1),
+        Row("AF + 1 coupling", "--model examples.channel_mixing --preset fashion --couplings 1",
+            W_1),
+        Row("AF + 2 couplings", "--model examples.channel_mixing --preset fashion --couplings 2",
+            W_1),
+        REAL,
     ],
     "flip": [
-        *guided("final flip", OURS, 0, 1),
-        *guided("no final flip", f"{OURS} --no-final-flip", 0, 1),
+        Row("final flip", "--preset fashion", BOTH),
+        Row("no final flip", "--preset fashion --no-final-flip", BOTH),
+        REAL,
     ],
     "fig6": [
-        *guided("K_I = 1", f"{OURS} --informative-mixtures 1", 0, 1),
-        *guided("K_I = 4", f"{OURS} --informative-mixtures 4", 0, 1),
-        *guided("K_I = 8, d_I = 8", OURS, 0, 1),
-        *guided("K_I = 32", f"{OURS} --informative-mixtures 32", 0, 1),
-        *guided("d_I = 2", f"{OURS} --informative-dim 2", 0, 1),
-        *guided("d_I = 4", f"{OURS} --informative-dim 4", 0, 1),
-        *guided("d_I = 12", f"{OURS} --informative-dim 12", 0, 1),
+        Row("K_I = 1", "--preset fashion --informative-mixtures 1", BOTH),
+        Row("K_I = 4", "--preset fashion --informative-mixtures 4", BOTH),
+        Row("K_I = 8, d_I = 8", "--preset fashion", BOTH),
+        Row("K_I = 32", "--preset fashion --informative-mixtures 32", BOTH),
+        Row("d_I = 2", "--preset fashion --informative-dim 2", BOTH),
+        Row("d_I = 4", "--preset fashion --informative-dim 4", BOTH),
+        Row("d_I = 12", "--preset fashion --informative-dim 12", BOTH),
+        REAL,
     ],
     "guidance": [
-        *guided("finished preset, resampling", FINISHED, *WS),
-        *guided("finished preset, naive", FINISHED, *WS[1:], more=NAIVE),
-        *guided("young model, resampling", OURS, *WS),
-        *guided("young model, naive", OURS, *WS[1:], more=NAIVE),
+        Row("finished preset, resampling", FINISHED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
+        Row("finished preset, naive", FINISHED, guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
+        Row("young model, resampling", "--preset fashion", guidance(0, 0.5, 0.75, 1, 1.5, 2)),
+        Row("young model, naive", "--preset fashion", guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
+        REAL,
     ],
-    "denoise": swept(FINISHED, {
-        "w = 0, off": "--inverse exact --guidance 0 --denoise 0",
-        "w = 0, on": "--inverse exact --guidance 0 --denoise 0.03",
-        "w = 1, off": f"{EXACT} --denoise 0",
-        "w = 1, on": f"{EXACT} --denoise 0.03",
-    }),
-    "student": swept(FINISHED, {
-        "exact, denoise 0": f"{EXACT} --denoise 0",
-        "exact, denoise 0.03": f"{EXACT} --denoise 0.03",
-        "student, denoise 0": "--inverse student --guidance 1 --denoise 0",
-        "student, denoise 0.03": "--inverse student --guidance 1 --denoise 0.03",
-    }),
-    "precision": swept(FINISHED, {
-        "float32": f"{EXACT} --precision float32",
-        "bfloat16": f"{EXACT} --precision bfloat16",
-    }),
+    "denoise": [
+        Row(FINISHED, FINISHED, {
+            "w = 0, off": "--inverse exact --guidance 0 --denoise 0",
+            "w = 0, on": "--inverse exact --guidance 0 --denoise 0.03",
+            "w = 1, off": "--inverse exact --guidance 1 --denoise 0",
+            "w = 1, on": "--inverse exact --guidance 1 --denoise 0.03",
+        }),
+        REAL,
+    ],
+    "student": [
+        Row(FINISHED, FINISHED, {
+            "exact, denoise 0": "--inverse exact --guidance 1 --denoise 0",
+            "exact, denoise 0.03": "--inverse exact --guidance 1 --denoise 0.03",
+            "student, denoise 0": "--inverse student --guidance 1 --denoise 0",
+            "student, denoise 0.03": "--inverse student --guidance 1 --denoise 0.03",
+        }),
+        REAL,
+    ],
+    "precision": [
+        Row(FINISHED, FINISHED, {
+            "float32": "--inverse exact --guidance 1 --precision float32",
+            "bfloat16": "--inverse exact --guidance 1 --precision bfloat16",
+        }),
+        REAL,
+    ],
     "peers": [
-        *guided("FARMER", OURS, 0, 1),
-        *guided("FARMER + channel mixing", f"{MIXING} --couplings 2", 0, 1),
-        *guided("TarFlow", "--model baselines.tarflow --preset fashion", 0, 1),
-        *guided("JetFormer", "--model baselines.jetformer --preset fashion", 0, 1),
-        *guided("SiT", "--model baselines.arflow --preset sit-fashion", 0, 1, more=EULER),
-        *guided("ARFlow, S = 1", "--model baselines.arflow --preset arflow1-fashion", 0, 1,
-                more=EULER),
-        *guided("ARFlow, S = 5", "--model baselines.arflow --preset fashion", 0, 1, more=EULER),
+        Row("FARMER", "--preset fashion", BOTH),
+        Row("FARMER + channel mixing",
+            "--model examples.channel_mixing --preset fashion --couplings 2", BOTH),
+        Row("TarFlow", "--model baselines.tarflow --preset fashion", BOTH),
+        Row("JetFormer", "--model baselines.jetformer --preset fashion", BOTH),
+        Row("SiT", "--model baselines.arflow --preset sit-fashion", EULER),
+        Row("ARFlow, S = 1", "--model baselines.arflow --preset arflow1-fashion", EULER),
+        Row("ARFlow, S = 5", "--model baselines.arflow --preset fashion", EULER),
+        REAL,
     ],
     "likelihood": [
-        Row("FARMER", f"{OURS} --noise uniform"),
-        Row("FARMER + channel mixing", f"{MIXING} --couplings 2 --noise uniform"),
+        Row("FARMER", "--preset fashion --noise uniform", LIKELIHOOD),
+        Row("FARMER + channel mixing",
+            "--model examples.channel_mixing --preset fashion --couplings 2 --noise uniform",
+            LIKELIHOOD),
         # With Muon TarFlow gets stuck under this noise, and the guard skips its growing gradients.
         Row("TarFlow", "--model baselines.tarflow --preset fashion --noise uniform --guard 0 "
-            "--optimizer adamw --lr 3e-3"),
-        Row("JetFormer", "--model baselines.jetformer --preset fashion --noise uniform"),
+            "--optimizer adamw --lr 3e-3", LIKELIHOOD),
+        Row("JetFormer", "--model baselines.jetformer --preset fashion --noise uniform",
+            LIKELIHOOD),
     ],
 }
-for name in TABLES:
-    if name != "likelihood":
-        TABLES[name].append(Row("real images", "", "", ""))
 
 PAPER = {  # FID on ImageNet 256
     ("no split", "w = 0"): 61.17, ("+ split", "w = 0"): 49.29,
@@ -171,7 +181,7 @@ PAPER = {  # FID on ImageNet 256
 }
 
 
-# ----------------------------------------------------------------------------- running commands
+# ----------------------------------------------------------------------------- training
 def run(*command, show: bool = False) -> str:
     """Runs a script with one thread -> what it printed; with `show` that goes to stderr instead.
 
@@ -183,19 +193,27 @@ def run(*command, show: bool = False) -> str:
     done = subprocess.run(words, cwd=REPOSITORY, env=env, stdout=out, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(words[1:])} ended with exit code {done.returncode}")
-    return done.stdout or ""
+    return done.stdout
 
 
-def machine() -> str:
-    """The processor, for the record."""
-    return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-# ----------------------------------------------------------------------------- training
 def training(weights: str, steps: int, seed: int, out: Path) -> list:
     """The command that trains a row."""
     return ["train.py", *weights.split(), "--data", DATA, "--steps", steps, "--seed", seed,
             "--out", out, *QUIET]
+
+
+def processor_seconds(weights: str, steps: int) -> float:
+    """What a training run of so many steps takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with tempfile.TemporaryDirectory() as folder:
+        run(*training(weights, steps, 0, Path(folder) / "run"), show=True)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def read_steps(folder: Path) -> dict:
+    """The numbers of steps that were measured, by the flags of train.py and the minutes."""
+    file = folder / "steps.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def steps_for(weights: str, minutes: float) -> int:
@@ -205,25 +223,10 @@ def steps_for(weights: str, minutes: float) -> int:
     if name not in known:
         print(f"Measuring how many steps fit into {name}", file=sys.stderr)
         seconds = processor_seconds(weights, 80) - processor_seconds(weights, 20)
-        steps = max(100, int(round(60 * minutes * 60 / max(seconds, 1e-3), -2)))
-        known[name] = dict(steps=steps, machine=machine())
-        write_text(OWN / "steps.json", json.dumps(read_steps(OWN) | {name: known[name]}))
+        steps = max(100, int(round(60 * minutes * 60 / seconds, -2)))
+        known[name] = dict(steps=steps)
+        (OWN / "steps.json").write_text(json.dumps(known))
     return known[name]["steps"]
-
-
-def read_steps(folder: Path) -> dict:
-    file = folder / "steps.json"
-    with reading(file, "mend or remove it"):
-        return json.loads(file.read_text()) if file.exists() else {}
-
-
-def processor_seconds(weights: str, steps: int) -> float:
-    """What a run of so many steps takes."""
-    out = OWN / f"probe-{os.getpid()}"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    run(*training(weights, steps, 0, out), show=True)
-    shutil.rmtree(out)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
 def trained(row: Row, seed: int, steps: int | None) -> Path:
@@ -234,168 +237,135 @@ def trained(row: Row, seed: int, steps: int | None) -> Path:
     out = OWN / name
     run(*training(row.weights, steps, seed, out), "--resume", show=True)
     if row.student:
-        teacher, out = out, OWN / f"{name}-student"
+        teacher = out
+        out = OWN / f"{name}-student"
         run("train.py", "--distill", teacher, "--out", out, *QUIET, "--resume", show=True)
     return out
 
 
-# ----------------------------------------------------------------------------- scores
-def classifier() -> Path:
-    """The network whose features are used; fitted without noise, since an FD has to see noise."""
-    own = OWN / "classifier.pt"
-    if not CLASSIFIER.exists() and not own.exists():
-        print(f"{CLASSIFIER} is missing, so a classifier is fitted into {own}: FDs in its features "
-              "differ a little from the published ones", file=sys.stderr)
-        run("results/classifier.py", "fit", DATA, own, "--noise", 0, show=True)
-    return CLASSIFIER if CLASSIFIER.exists() else own
-
-
+# ----------------------------------------------------------------------------- results
 def real_images(file: Path) -> None:
     """Writes training images, spread over the set: what a perfect model would reach."""
     images = open_images(f"{DATA}:train")
-    some = np.linspace(0, len(images) - 1, min(NUM_SAMPLES, len(images))).astype(np.int64)
-    write_file(file, lambda f: np.savez(f, images=images.array[some], labels=images.labels[some]))
+    some = np.linspace(0, len(images) - 1, NUM_SAMPLES).astype(np.int64)
+    np.savez(file, images=images.array[some], labels=images.labels[some])
 
 
 def scores(samples: Path) -> dict:
     """FD, precision and recall against the test split, and the part read as its label."""
-    network = classifier()
-    report = json.loads(run("fid.py", samples, f"{DATA}:test", "--features", network, "--json"))
-    read = run("results/classifier.py", "read", network, samples)
-    names = ("fd", "precision", "recall", "num_samples", "features", "features_sha256")
-    return {name: report[name] for name in names} | {
-        "read_right": float(re.search(r"([0-9.]+)%", read)[1])}
+    report = run("fid.py", samples, f"{DATA}:test", "--features", CLASSIFIER, "--json")
+    read = run("results/classifier.py", "read", CLASSIFIER, samples)
+    return json.loads(report) | {"read_right": float(re.search(r"([0-9.]+)%", read)[1])}
 
 
-def result_of(row: Row, seed: int, minutes: float, steps: int | None) -> dict:
+def result_of(row: Row, sampling: str, seed: int, minutes: float, steps: int | None) -> dict:
     """Trains a row, unless that is done, and scores it -> a line of TABLE.jsonl."""
-    result = dict(row=row.name, sampling=row.sampling, seed=seed, minutes=minutes, steps=steps,
-                  weights=row.weights, flags=row.flags, machine=machine())
-    file = OWN / f"samples-{os.getpid()}.npz"
-    if row.weights:
+    flags = row.ways[sampling]
+    result = dict(row=row.name, sampling=sampling, seed=seed, minutes=minutes, steps=steps,
+                  weights=row.weights, flags=flags)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.npz"
+        if not row.weights:
+            real_images(file)
+            return result | scores(file)
         out = trained(row, seed, steps)
-        model, _ = load(out)
-        result["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
-        if row.flags is None:
+        result["parameters"] = sum(p.numel() for p in load(out)[0].parameters()) / 1e6
+        if flags == "--eval":
             return result | json.loads(run("train.py", "--eval", out, "--data", f"{DATA}:test"))
-        start = time.time()
-        run("sample.py", out, "--num", NUM_SAMPLES, "--seed", 1, "--out", file, *row.flags.split())
-        result["samples_per_s"] = NUM_SAMPLES / (time.time() - start)
-    else:
-        real_images(file)
-    result |= scores(file)
-    file.unlink()
-    return result
-
-
-# ----------------------------------------------------------------------------- results
-def key(result: dict) -> tuple:
-    """(row, sampling, minutes, steps, seed): results with one key are of the same run."""
-    steps = result.get("steps")
-    minutes = result["minutes"] if steps else None  # nothing was trained
-    return result["row"], result.get("sampling", ""), minutes, steps, result["seed"]
+        run("sample.py", out, "--num", NUM_SAMPLES, "--seed", 1, "--out", file, *flags.split())
+        return result | scores(file)
 
 
 def read_results(folder: Path, table: str) -> dict[tuple, dict]:
-    """The results in a folder's TABLE.jsonl, by their keys."""
+    """The results in a folder's TABLE.jsonl by (row, sampling, minutes, steps, seed).
+
+    Results with one key are of the same run. Minutes are None where nothing was trained.
+    """
     file = folder / f"{table}.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    with reading(file, "every line has to be a result that tables.py wrote"):
-        return {key(result): result for result in map(json.loads, lines)}
+    results = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        result = json.loads(line)
+        steps = result.get("steps")
+        minutes = result["minutes"] if steps else None
+        key = (result["row"], result.get("sampling", ""), minutes, steps, result["seed"])
+        results[key] = result
+    return results
 
 
-def write_text(file: Path, text: str) -> None:
-    write_file(file, lambda f: f.write(text.encode()))
-
-
-def publish(table: str, yours: dict[tuple, dict]) -> None:
-    """Puts your results, and the numbers of steps behind them, among the published ones."""
-    results = read_results(PUBLISHED, table) | yours
-    lines = "".join(json.dumps(result) + "\n" for result in results.values())
-    write_text(PUBLISHED / f"{table}.jsonl", lines)
-    write_text(PUBLISHED / "steps.json", json.dumps(read_steps(OWN) | read_steps(PUBLISHED)))
-
-
-def run_rows(table: str, rows: list[Row], seeds: list[int], minutes: float) -> dict[tuple, dict]:
-    """Runs what runs/tables/TABLE.jsonl lacks -> your results of all these rows."""
+def run_rows(table: str, rows: list[Row], seeds: list[int], minutes: float) -> list[tuple]:
+    """Runs what runs/tables/TABLE.jsonl lacks -> the keys of all results of these rows."""
     wanted = {}
     for row in rows:
         if row.weights.startswith("--"):
-            steps = steps_for(row.weights, minutes)
-            wanted |= {(row.name, row.sampling, minutes, steps, seed): row for seed in seeds}
+            trainings = [(minutes, steps_for(row.weights, minutes), seed) for seed in seeds]
         else:
-            wanted[row.name, row.sampling, None, None, 0] = row
-    todo = [k for k in wanted if k not in read_results(OWN, table)]
+            trainings = [(None, None, 0)]
+        wanted |= {(row.name, way, *training): row for way in row.ways for training in trainings}
+    todo = [key for key in wanted if key not in read_results(OWN, table)]
     file = OWN / f"{table}.jsonl"
     if not todo:
         print(f"Nothing was trained: {file} has all of these results.", file=sys.stderr)
-    failed = 0
-    for i, k in enumerate(todo, 1):
-        name, sampling, _, steps, seed = k
+    for i, key in enumerate(todo, 1):
+        name, sampling, _, steps, seed = key
         print(f"{table} {i}/{len(todo)}: {name} {sampling}, seed {seed}", file=sys.stderr)
-        try:
-            result = result_of(wanted[k], seed, minutes, steps)
-        except UserError as error:  # the other rows go on
-            warn(f"{name} failed: {error}")
-            failed += 1
-            continue
+        result = result_of(wanted[key], sampling, seed, minutes, steps)
         with file.open("a") as f:
             f.write(json.dumps(result) + "\n")
-    if failed:
-        raise UserError(f"{failed} of {len(todo)} results are missing: see above; rerun for them")
-    have = read_results(OWN, table)
-    return {k: have[k] for k in wanted}
+    return list(wanted)
+
+
+def publish(table: str, keys: list[tuple]) -> None:
+    """Puts your results, and the numbers of steps behind them, among the published ones."""
+    yours = read_results(OWN, table)
+    results = read_results(PUBLISHED, table) | {key: yours[key] for key in keys}
+    lines = "".join(json.dumps(result) + "\n" for result in results.values())
+    (PUBLISHED / f"{table}.jsonl").write_text(lines)
+    (PUBLISHED / "steps.json").write_text(json.dumps(read_steps(OWN) | read_steps(PUBLISHED)))
 
 
 # ----------------------------------------------------------------------------- printing
-COLUMNS = {  # of a result: name and format in the table
-    "seed": ("seeds", ""),
-    "fd": ("FD in the classifier's features", ".2f"),
+COLUMNS = {  # of the table: the field of a result, and its format
+    "seeds": ("seed", ""),
+    "FD in the classifier's features": ("fd", ".2f"),
     "precision": ("precision", ".2f"),
     "recall": ("recall", ".2f"),
-    "read_right": ("read right, %", ".1f"),
-    "samples_per_s": ("samples/s", ".0f"),
-    "nats_per_dim": ("nats/dim", ".3f"),
-    "bits_per_dim": ("bits/dim", ".3f"),
-    "parameters": ("parameters, M", ".2f"),
+    "read right, %": ("read_right", ".1f"),
+    "nats/dim": ("nats_per_dim", ".3f"),
+    "bits/dim": ("bits_per_dim", ".3f"),
+    "parameters, M": ("parameters", ".2f"),
 }
 
 
 def markdown(table: str) -> str:
-    """A line for each row, sampling, minutes and steps: the published value, then yours.
-
-    Values are means over seeds, ± the largest distance of a seed from the mean.
-    """
+    """A line for each row, sampling, minutes and steps: the published value, then yours."""
     published = read_results(PUBLISHED, table)
-    yours = read_results(OWN, table)
-    yours = {k: result for k, result in yours.items() if published.get(k) != result}
+    yours = {k: r for k, r in read_results(OWN, table).items() if published.get(k) != r}
     sides = [published, yours] if yours else [published]
-    everything = [*published.values(), *yours.values()]
-    columns = [column for column in COLUMNS if any(column in result for result in everything)]
-    names = [COLUMNS[column][0] for column in columns]
-    table_rows = [["row", "sampling", "minutes", "steps", *names, "paper's FID"]]
-    table_rows.append(["---"] * len(table_rows[0]))
-    for row in TABLES[table]:
-        place = (row.name, row.sampling)
-        for line in dict.fromkeys(k[:4] for k in [*published, *yours] if k[:2] == place):
-            cells = ["–" if value is None else str(value) for value in line]
-            for column in columns:
-                cells.append(" / ".join(cell(results, line, column) for results in sides))
-            table_rows.append([*cells, str(PAPER.get(place, "–"))])
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table_rows)
-    networks = {r["features_sha256"][:12] for r in everything if "features_sha256" in r}
-    text += f"\n\nClassifier: sha256 {', '.join(sorted(networks))}" if networks else ""
-    return ("Published / yours:\n\n" if yours else "") + text
+    runs = {}  # (row, sampling, minutes, steps) -> the results of each side, one for each seed
+    for side, results in enumerate(sides):
+        for key, result in results.items():
+            runs.setdefault(key[:4], [[] for _ in sides])[side].append(result)
+    fields = {field for results in sides for result in results.values() for field in result}
+    columns = {name: column for name, column in COLUMNS.items() if column[0] in fields}
+    head = ["row", "sampling", "minutes", "steps", *columns, "paper's FID"]
+    lines = [head, ["---"] * len(head)]
+    for place in [(row.name, sampling) for row in TABLES[table] for sampling in row.ways]:
+        for run in [run for run in runs if run[:2] == place]:
+            cells = ["–" if value is None else str(value) for value in run]
+            for column in columns.values():
+                cells.append(" / ".join(cell(results, *column) for results in runs[run]))
+            lines.append([*cells, str(PAPER.get(place, "–"))])
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"Published / yours:\n\n{text}" if yours else text
 
 
-def cell(results: dict[tuple, dict], line: tuple, column: str) -> str:
-    """What the table says of a column's values, one for each seed."""
-    values = [result.get(column) for k, result in results.items() if k[:4] == line]
+def cell(results: list[dict], field: str, form: str) -> str:
+    """What the table says of some seeds: the mean of a field ± the largest distance from it."""
+    values = [result.get(field) for result in results]
     if None in values or not values:
         return "–"
-    if column == "seed":
+    if field == "seed":
         return ", ".join(map(str, values))
-    form = COLUMNS[column][1]
     mean = statistics.mean(values)
     spread = max(abs(value - mean) for value in values)
     return f"{mean:{form}} ± {spread:{form}}" if spread else f"{mean:{form}}"
@@ -403,40 +373,39 @@ def cell(results: dict[tuple, dict], line: tuple, column: str) -> str:
 
 # ----------------------------------------------------------------------------- command line
 def integers(text: str) -> list[int]:
+    """0,1,2 -> [0, 1, 2]."""
     return [int(part) for part in text.split(",")]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; its `rows` are those of the table."""
     parser = Parser(prog="tables.py", description=__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=integers, default=[0], metavar="S1,S2",
                         help="of training (default: 0)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows only, by exact names")
-    parser.add_argument("--minutes", type=at_least(float, 0.01),
-                        help="of one core, for a training run (default: as published, or 5)")
+    parser.add_argument("--minutes", type=at_least(float, 0.01), default=5.0,
+                        help="of one core, for a training run (default: 5, as published)")
     parser.add_argument("--print", action="store_true", help="print the table; train nothing")
     parser.add_argument("--publish", action="store_true",
                         help="put your results of these rows into results/TABLE.jsonl")
     args = parser.parse_args(argv)
-    names = list(dict.fromkeys(row.name for row in TABLES[args.table]))
-    args.rows = args.rows or names
-    for name in args.rows:
-        if name not in names:
-            parser.error(f"--rows: got {name!r}, expected some of: {'; '.join(names)}")
-    if args.minutes is None:
-        minutes = [k[2] for k in read_results(PUBLISHED, args.table) if k[2]]
-        args.minutes = statistics.mode(minutes or [5.0])
+    rows = {row.name: row for row in TABLES[args.table]}
+    unknown = [name for name in args.rows or [] if name not in rows]
+    if unknown:
+        parser.error(f"--rows: got {unknown[0]!r}, expected some of: {'; '.join(rows)}")
+    args.rows = [rows[name] for name in args.rows or rows]
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the rows and prints the table."""
     args = parse(argv)
     if not args.print:
         OWN.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in TABLES[args.table] if row.name in args.rows]
-        yours = run_rows(args.table, rows, args.seeds, args.minutes)
+        keys = run_rows(args.table, args.rows, args.seeds, args.minutes)
         if args.publish:
-            publish(args.table, yours)
+            publish(args.table, keys)
     print(markdown(args.table))
 
 

@@ -1,5 +1,6 @@
 """What scripts do with any model: draw images, put them in a grid, measure held-out likelihood."""
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,7 @@ def sample_images(
     device = device_of(model)
     lost = 0
     if len(labels) >= COMPILE_FROM and device.type == "cuda":
+        print("compiling the layers (about a minute)", file=sys.stderr, flush=True)
         prepare_layers(model, compiling=True)
     for i in range(0, len(labels), batch_size):
         y = labels[i:i + batch_size].to(device)
@@ -93,10 +95,10 @@ def check_options(options, extra: dict) -> None:
 
 # ----------------------------------------------------------------------------- pictures
 def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
-         column_labels: list[str] | None = None) -> Image.Image:
+         column_labels: list[str] | None = None, corner: str = "") -> Image.Image:
     """uint8 images (n, H, W, C) as one picture, row by row, small ones enlarged.
 
-    Row labels stand on the left, column labels on top.
+    Row labels stand on the left, column labels on top, and `corner` where they meet.
     """
     n, H, W, C = images.shape
     scale = math.ceil(48 / H)
@@ -105,8 +107,8 @@ def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
     if C == 1:
         images = np.repeat(images, 3, -1)
     left = 0
-    if row_labels:
-        left = 8 + 7 * max(len(label) for label in row_labels)
+    if row_labels or corner:
+        left = 8 + 7 * max(len(label) for label in [corner, *(row_labels or [])])
     top = 14 if column_labels else 0
     rows = math.ceil(n / columns)
     picture = Image.new("RGB", (left + columns * width, top + rows * height), "white")
@@ -115,6 +117,7 @@ def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
         tile = Image.fromarray(image).resize((W * scale, H * scale), Image.Resampling.NEAREST)
         picture.paste(tile, (left + column * width, top + row * height))
     write = ImageDraw.Draw(picture).text
+    write((4, top / 2), corner, fill="black", anchor="lm")
     for row, label in enumerate(row_labels or []):
         write((4, top + (row + 0.5) * height), label, fill="black", anchor="lm")
     for column, label in enumerate(column_labels or []):

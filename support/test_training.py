@@ -85,7 +85,7 @@ def generator(seed: int, number: int) -> torch.Generator:
 
 
 def by_hand(images, labels, optimizer: str, seed: int):
-    """Yields (table, matrix, average of table, average of matrix, lr) after each step."""
+    """Yields the parameters, their averages, lr and the gradient's norm after each step."""
     table = torch.linspace(-1, 1, 16).view(4, 4).requires_grad_()
     matrix = torch.arange(16.0).view(4, 4).sin().requires_grad_()
     params = [table, matrix]
@@ -127,7 +127,7 @@ def by_hand(images, labels, optimizer: str, seed: int):
         decay = min(0.5, (2 + step) / (11 + step))
         for average, p in zip(averages, params, strict=True):
             average.mul_(decay).add_(p.detach(), alpha=1 - decay)
-        yield [p.detach().clone() for p in params], [a.clone() for a in averages], lr
+        yield [p.detach().clone() for p in params], [a.clone() for a in averages], lr, norm
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -139,7 +139,8 @@ def test_every_step_equals_a_loop_written_by_hand(two_parameters, tmp_path, opti
              "--precision float32 --out run")
     train.main(flags.split())
     log = [json.loads(line) for line in open("run/log.jsonl")]
-    for step, (params, averages, lr) in enumerate(by_hand(*two_parameters, optimizer, seed=3), 1):
+    steps = by_hand(*two_parameters, optimizer, seed=3)
+    for step, (params, averages, lr, norm) in enumerate(steps, 1):
         content = torch.load(f"run/ckpt-{step}.pt", weights_only=True)
         raw = content["extra"]["raw_weights"]
         for value, mine in zip((raw["table"], raw["layer.weight"]), params, strict=True):
@@ -149,6 +150,7 @@ def test_every_step_equals_a_loop_written_by_hand(two_parameters, tmp_path, opti
             torch.testing.assert_close(value, mine, rtol=1e-4, atol=2e-5)
         assert log[step - 1]["step"] == step
         assert log[step - 1]["lr"] == pytest.approx(lr)
+        assert log[step - 1]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_distillation_starts_with_the_teachers_last_noise(small_run, tmp_path):
