@@ -277,9 +277,8 @@ def output_directory(args, name: str, module) -> Path:
         return expanded(args.out)
     if args.distill is not None:
         teacher = checkpoint_path(args.distill).resolve()
-        if teacher.name == "ckpt.pt":
-            teacher = teacher.parent
-        return teacher.with_name(f"{teacher.stem}-student")
+        teacher = teacher.parent if teacher.name == "ckpt.pt" else teacher.with_suffix("")
+        return teacher.with_name(f"{teacher.name}-student")
     preset = args.preset or first_preset(module)
     if name == DEFAULT_MODEL:
         return Path("runs", preset)

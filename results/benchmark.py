@@ -80,7 +80,7 @@ def equal_config(name: str, preset: str, config):
 
 def counted(name: str, config) -> tuple[nn.Module, float]:
     """A model without memory, and the FLOPs of one image's forward pass."""
-    n = 60  # for models that take images in groups
+    n = getattr(config, "images_per_item", 1)  # where images do not come alone
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = build(name, config)
         x = torch.zeros(n, config.channels, config.image_size, config.image_size)
@@ -208,14 +208,14 @@ def gpu(args, name: str) -> Iterator[dict]:
     The part that is worth most comes first. Each is a process, so that whatever happens to it, the
     GPU's own errors among them, costs no other part.
     """
-    compiled = "--compile" if args.device.type == "cuda" else ""  # a CPU takes a minute for it
+    compiled = " --compile" if args.device.type == "cuda" else ""  # a CPU takes a minute for it
     parts = (
-        f"train --batch-size 32 {compiled}",
+        f"train --batch-size 32{compiled}",
         "sample --batch-sizes 64,1",
         "train --batch-size 32",
-        f"train --batch-size 128 --checkpointing {compiled}",
+        f"train --batch-size 128 --checkpointing{compiled}",
         "sample --batch-sizes 16",
-        f"sample --batch-sizes 64,1 {compiled}",
+        f"sample --batch-sizes 64,1{compiled}",
     )
     end = time.monotonic() + 60 * MINUTES
     for part in parts:

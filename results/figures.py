@@ -18,16 +18,15 @@ import re
 import statistics
 
 from support.checkpoints import load_run
-from support.cli import Parser, UserError, check_writable, expanded, reading, run_script, write_file
+from support.cli import Parser, UserError, check_writable, expanded, run_script, write_file
 
 GREY = "#808080"  # of text and axes, on a transparent ground
 
 
 # ----------------------------------------------------------------------------- data
 def read_lines(file: Path) -> list[dict]:
-    """The objects in a file of JSON lines."""
-    with reading(file, "expected lines of JSON, as train.py and tables.py write them"):
-        return [json.loads(line) for line in file.read_text().splitlines()]
+    """The objects in a file of JSON lines, as train.py and tables.py write them."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def training_log(run: str) -> list[dict]:
