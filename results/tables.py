@@ -341,19 +341,19 @@ def markdown(table: str) -> str:
     published = read_results(PUBLISHED, table)
     yours = {k: r for k, r in read_results(OWN, table).items() if published.get(k) != r}
     sides = [published, yours] if yours else [published]
-    runs = {}  # (row, sampling, minutes, steps) -> the results of each side, one for each seed
+    groups = {}  # (row, sampling, minutes, steps) -> the results of each side, one for each seed
     for side, results in enumerate(sides):
         for key, result in results.items():
-            runs.setdefault(key[:4], [[] for _ in sides])[side].append(result)
+            groups.setdefault(key[:4], [[] for _ in sides])[side].append(result)
     fields = {field for results in sides for result in results.values() for field in result}
     columns = {name: column for name, column in COLUMNS.items() if column[0] in fields}
     head = ["row", "sampling", "minutes", "steps", *columns, "paper's FID"]
     lines = [head, ["---"] * len(head)]
     for place in [(row.name, sampling) for row in TABLES[table] for sampling in row.ways]:
-        for run in [run for run in runs if run[:2] == place]:
-            cells = ["–" if value is None else str(value) for value in run]
+        for group in [group for group in groups if group[:2] == place]:
+            cells = ["–" if value is None else str(value) for value in group]
             for column in columns.values():
-                cells.append(" / ".join(cell(results, *column) for results in runs[run]))
+                cells.append(" / ".join(cell(results, *column) for results in groups[group]))
             lines.append([*cells, str(PAPER.get(place, "–"))])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"Published / yours:\n\n{text}" if yours else text

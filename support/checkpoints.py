@@ -264,9 +264,12 @@ class Checkpoint:
 
     def save(self) -> None:
         """Writes ckpt.pt, and ckpt-STEP.pt where some are kept."""
+        if self.rank == 0:
+            self.write()
         self.saved = self.state.step
-        if self.rank > 0:
-            return
+
+    def write(self) -> None:
+        """What rank 0 does to save."""
         weights = self.model.state_dict()
         extra = dict(vars(self.state))
         extra["optimizer"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -296,7 +299,8 @@ class Checkpoint:
             raise
         except (UserError, OSError) as error:
             if self.state.step > self.saved:
-                self.save()
+                with contextlib.suppress(UserError):  # the disk may be what failed
+                    self.save()
             raise UserError(f"{error}; saved at step {self.saved}: fix the problem and rerun with "
                             "--resume") from error
 

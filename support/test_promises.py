@@ -103,6 +103,24 @@ def test_promise_2_a_full_disk_loses_nothing_that_was_saved(small_run, tmp_path,
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
+def test_promise_2_a_disk_that_fills_up_is_said_with_the_step_that_is_there(tmp_path, tiny_data,
+                                                                           monkeypatch, capsys):
+    real = os.fsync
+    calls = []
+
+    def fills_up(descriptor):
+        calls.append(1)
+        if len(calls) > 4:  # the log, and the checkpoints of steps 0, 4 and 8
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(cli.os, "fsync", fills_up)
+    out = tmp_path / "run"
+    flags = [*SMALL_FLAGS, "--steps", "20", "--save-every", "4", "--data", tiny_data]
+    fails(capsys, train, [*flags, "--out", out], "No space left", "saved at step 8", "--resume")
+    assert torch.load(out / "ckpt.pt", weights_only=True)["extra"]["step"] == 8
+
+
 def test_promise_2_ctrl_c_saves(tmp_path, tiny_data):
     out = tmp_path / "run"
     process = command("train.py", *SMALL_FLAGS, "--steps", "100000", "--log-every", "1",
