@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.batches import ImageDataset, Split, dequantize, image_generators, open_split, quantize
-from support.checkpoints import load_run
+from support.checkpoints import load_run, own_data
 from support.cli import (
     Parser,
     Progress,
@@ -184,7 +184,7 @@ def swap(args) -> None:
         raise UserError(f"{args.second}: {model.model_name} has no latents Z_I and Z_R")
     run = state.training
     split = open_split(run["data"], c.image_size, c.channels, run["holdout"], run["enlarge"],
-                       state.classes, c.num_classes)
+                       state.classes, c.num_classes, own_data(model))
     print(f"data: {split.summary}", file=sys.stderr)
     dataset = split.held_out or split.train
     some = np.arange(min(args.num, len(dataset)))

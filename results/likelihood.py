@@ -23,7 +23,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 
 from support.batches import Split, dequantize, image_generators, open_split
-from support.checkpoints import load_run
+from support.checkpoints import load_run, own_data
 from support.cli import Parser, Progress, UserError, at_least, run_script
 from support.distributed import pick_device
 
@@ -177,12 +177,15 @@ def main(argv: list[str] | None = None) -> None:
     c = model.config
     training = state.training
     if args.action == "ood":
-        splits = [open_split(data, c.image_size, c.channels, num_classes=0) for data in args.data]
+        splits = []
+        for data in args.data:
+            splits.append(open_split(
+                data, c.image_size, c.channels, num_classes=0, own=own_data(model)))
         result = ood(model, *[noised_images(split, training, args)[0] for split in splits])
     else:
         holdout = 0 if args.data else training["holdout"]
         split = open_split(args.data or training["data"], c.image_size, c.channels, holdout,
-                           training["enlarge"], state.classes, c.num_classes)
+                           training["enlarge"], state.classes, c.num_classes, own_data(model))
         x, labels = noised_images(split, training, args)
         if args.action == "bound":
             result = bound(model, x, labels if c.num_classes else None, training)

@@ -75,6 +75,11 @@ def model_file(name: str, beside: Path | None = None) -> ModuleType:
     return module
 
 
+def own_data(model: nn.Module):
+    """`open_images` of a loaded model's file, for data formats of its own, or None."""
+    return getattr(sys.modules[model.model_name], "open_images", None)
+
+
 def first_preset(module: ModuleType) -> str:
     """The default preset of a model's file."""
     return next(iter(module.PRESETS))

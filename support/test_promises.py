@@ -28,6 +28,7 @@ from PIL import Image
 import fid
 import sample
 import train
+from results import likelihood
 from support import checkpoints, cli
 from support.checkpoints import load
 from support.conftest import (
@@ -404,6 +405,24 @@ def test_promise_9_samples_are_measured_as_a_set_like_any_other(small_run, tmp_p
 
 
 # ----------------------------------------------------------------------------- 10
+def test_promise_10_a_fork_reads_a_data_format_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "squares.py").write_text(
+        "import numpy as np\n"
+        "from examples.minimal_model import PRESETS, TRAINING, Config, Model, Sampling\n"
+        "from support.datasets import array_images\n\n"
+        "def open_images(source):\n"
+        "    if source != 'squares':\n"
+        "        return None\n"
+        "    array = np.random.default_rng(0).integers(0, 9, (20, 16, 16, 3), np.uint8)\n"
+        "    return array_images(source, array, np.arange(20) % 10)\n")
+    train.main("--model squares --data squares --steps 2 --workers 0 --out run".split())
+    train.main(["--eval", "run"])
+    likelihood.main(["posterior", "run"])
+    assert "squares" in capsys.readouterr().err
+    fails(capsys, train, ["--model", "squares", "--data", "circles"], "circles does not exist")
+
+
 def test_promise_10_a_fork_beside_its_run_is_found(tmp_path, tiny_data, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fork.py").write_text(
