@@ -1095,7 +1095,7 @@ PRESETS = {
 _paper = dict(
     steps=200_200, batch_size=2048, lr=1e-4, warmup=5000, data="imagenet/train", enlarge=True)
 TRAINING = {
-    "tiny": dict(steps=2500, batch_size=32, lr=3e-3, noise_end=0.05, flip=False),
+    "tiny": dict(steps=1500, batch_size=32, lr=3e-3, noise_end=0.05, flip=False),
     "fashion": dict(
         steps=4000, batch_size=32, lr=1e-2, optimizer="muon", noise_end=0.03, flip=False,
         data="fashion-mnist"),

@@ -72,6 +72,7 @@ def test_promise_2_a_killed_run_resumes_to_the_bit(tmp_path, tiny_data):
     flags = [*SMALL_FLAGS, "--workers", "1", "--ema", "0.9", "--optimizer", "muon", "--steps", "40",
              "--save-every", "7", "--log-every", "1", "--data", str(folder)]
     killed = tmp_path / "killed"
+    undisturbed = command("train.py", *flags, "--out", tmp_path / "whole")
     process = command("train.py", *flags, "--out", killed)
     log = killed / "log.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 12):
@@ -80,8 +81,8 @@ def test_promise_2_a_killed_run_resumes_to_the_bit(tmp_path, tiny_data):
     process.wait()
     saved = torch.load(killed / "ckpt.pt", weights_only=True)["extra"]["step"]
     assert 0 < saved < 40 and saved % 7 == 0
-    train.main([*flags, "--resume", "--out", str(killed)])
-    train.main([*flags, "--out", str(tmp_path / "whole")])
+    succeeds(command("train.py", *flags, "--resume", "--out", killed))
+    succeeds(undisturbed)
     assert same_weights(weights(killed), weights(tmp_path / "whole"))
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 41)), steps
