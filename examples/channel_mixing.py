@@ -3,8 +3,9 @@
     python train.py --model examples.channel_mixing --preset fashion
 
 Given the tokens before, the flow treats the channels of a token one by one. A coupling lets half
-of them shift and scale the rest. With two couplings a block, 1,000 steps on Fashion-MNIST reach a
-Frechet distance of 2.8 instead of 9.5. The flow, its inverse and its determinant stay exact.
+of them shift and scale the rest. With two couplings a block, five minutes of one core on
+Fashion-MNIST reach a Frechet distance of 4.5 instead of 8.3 (results/README.md). The flow, its
+inverse and its determinant stay exact.
 """
 from dataclasses import dataclass
 
