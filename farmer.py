@@ -4,7 +4,7 @@ One file that reads like the paper: configuration, patches (3.2), Gaussian mixtu
 Transformer, the autoregressive flow or AF (Eq. 8-10), guidance by resampling (3.4), the AR prior
 with its channel split (Eq. 12, 14), the one-step student (3.5), the whole model with its loss
 (Eq. 13, with the split Eq. 14), two ablations (4.3), and the presets. Section, equation, algorithm
-and table numbers are those of arXiv v2. "Open" marks what the paper does not say.
+and table numbers are those of arXiv v2. The word "open" marks what the paper does not specify.
 
     B  batch              d    channels of a token = C p^2   X    tokens of an image (B, N, d)
     C  image channels     d_I  informative channels          Z    F(X) = [Z_I, Z_R]  (B, N, d)
@@ -12,9 +12,9 @@ and table numbers are those of arXiv v2. "Open" marks what the paper does not sa
     N  tokens             K    components of a mixture       mu   shift of the flow
     M  class tokens       S    candidates of one draw        a    its log scale, z = (x - mu) e^a
     T  sequence length    W    width of a Transformer        w    guidance weight
-    n  flow blocks        D    numbers of an image = N d     c    class, or null for none
+    n  flow blocks        D    values of an image = N d      c    class, or null for none
 
-Random numbers come from torch.Generator objects, so that a seed decides every image.
+Random numbers come from torch.Generator objects, so that a seed determines every image.
 Log-probabilities and log-determinants are in nats.
 """
 import contextlib
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FLOW_LOG_SCALE_BOUND = 3.0  # with an unbounded log sigma, training diverges and samples overflow
-MIXTURE_LOG_SCALE_BOUND = 7.0  # far outside what training reaches; keeps exp finite
+MIXTURE_LOG_SCALE_BOUND = 7.0  # far beyond what training reaches; keeps exp finite
 
 # One generator per image, one for the whole batch, or None for torch's global one.
 Generators = list[torch.Generator] | torch.Generator | None
@@ -39,12 +39,12 @@ Generators = list[torch.Generator] | torch.Generator | None
 
 # ----------------------------------------------------------------------------- configuration
 def setting(default, help: str, least: float | None = None, choices: tuple | None = None):
-    """A field of a configuration: its default, its help text and the values that it takes."""
+    """A field of a configuration: its default, its help text and the values that it accepts."""
     return field(default=default, metadata=dict(help=help, least=least, choices=choices))
 
 
 def check_settings(config) -> None:
-    """Raises a ValueError that names the first field with a value it does not take."""
+    """Raises a ValueError that names the first field whose value is not accepted."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         least = f.metadata.get("least")
@@ -64,39 +64,41 @@ def check_settings(config) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: guidance with the columns of Table 6, the redundant part, the inverse.
+    """How to sample: guidance (the columns of Table 6), the redundant part and the inverse.
 
-    Table 6's temperatures multiply: above 1, T_pi and T_s sharpen and T_sigma widens.
+    The temperatures of Table 6 are factors: above 1, T_pi and T_s sharpen and T_sigma widens.
     """
 
     guidance: float = setting(
-        0.0, "CFG weight w of Eq. 15: higher is clearer and less varied; 0 = off", 0)
+        0.0, "CFG weight w of Eq. 15: higher gives clearer, less varied images; 0 = off", 0)
     guidance_method: str = setting(
         "resample", "Algorithm 1, or naive CFG by rejection", choices=("resample", "reject"))
-    s_c: int = setting(5, "candidates proposed from p(z|c)", 1)
-    s_u: int = setting(5, "candidates proposed from p(z), the null class", 0)
-    T_pi: float = setting(1.0, "multiplies the mixture logits when proposing", 0)
-    T_sigma: float = setting(1.0, "multiplies the component stds when proposing", 0)
-    T_pi_v: float = setting(1.0, "multiplies the mixture logits when weighing", 0)
-    T_sigma_v: float = setting(1.0, "multiplies the component stds when weighing", 1e-6)
+    s_c: int = setting(5, "candidates drawn from p(z|c)", 1)
+    s_u: int = setting(5, "candidates drawn from p(z) (the null class)", 0)
+    T_pi: float = setting(1.0, "multiplies the mixture logits when drawing candidates", 0)
+    T_sigma: float = setting(1.0, "multiplies the component stds when drawing candidates", 0)
+    T_pi_v: float = setting(1.0, "multiplies the mixture logits when weighting candidates", 0)
+    T_sigma_v: float = setting(
+        1.0, "multiplies the component stds when weighting candidates", 1e-6)
     T_s: float = setting(1.0, "multiplies the log-weights before the softmax", 0)
     redundant_scale: float = setting(
-        1.0, "multiplies the stds of the redundant mixture once more (Fig. 7)", 0)
+        1.0, "an extra factor on the stds of the redundant mixture (Fig. 7)", 0)
     inverse: str = setting(
-        "auto", "inverse of the flow; auto = the student when there is one, else exact",
+        "auto", "how to invert the flow; auto = the student if there is one, else exact",
         choices=("auto", "exact", "student"))
     precision: str = setting(
-        "float32", "of the prior and the student while sampling", choices=("float32", "bfloat16"))
+        "float32", "precision of the prior and the student in sampling",
+        choices=("float32", "bfloat16"))
     denoise: float = setting(
-        0.0, "std of the noise to take off by one step along the model's score, in units of "
-        "pixels in [-1, 1]; 0 = off", 0)
+        0.0, "std of the noise to remove by one step along the model's score, for pixels in "
+        "[-1, 1]; 0 = off", 0)
 
     def __post_init__(self):
         check_settings(self)
 
     @property
     def candidates(self) -> int:
-        """S: candidates of one draw, more than one where candidates are weighed."""
+        """S, the candidates for one draw: more than one only for guidance by resampling."""
         if self.guidance > 0 and self.guidance_method == "resample":
             return self.s_c + self.s_u
         return 1
@@ -117,15 +119,17 @@ class Config:
     ar_width: int = setting(128, "width of the AR Transformer", 1)
     head_dim: int = setting(64, "channels of an attention head; divides both widths", 1)
     informative_dim: int = setting(
-        48, "d_I, channels of Z the AR models token by token; d = no split", 1)
+        48, "d_I, channels of Z that the AR models token by token; d = no split", 1)
     informative_mixtures: int = setting(16, "K_I, components of a token's mixture", 1)
     redundant_mixtures: int = setting(
         1, "K_R, components of the one mixture that all redundant parts share", 1)
     redundant_prior: str = setting(
-        "mixture", "that mixture, or JetFormer's N(0, I)", choices=("mixture", "gaussian"))
-    class_tokens: int = setting(4, "M, times the class embedding is repeated", 1)
-    final_flip: bool = setting(True, "the AR reads tokens against the last flow block's order")
-    whiten: bool = setting(False, "a fixed PCA, fitted on data, whitens the patch channels first")
+        "mixture", "prior of the redundant parts: a learnt mixture, or N(0, I) as in JetFormer",
+        choices=("mixture", "gaussian"))
+    class_tokens: int = setting(4, "M, how many times the class embedding is repeated", 1)
+    final_flip: bool = setting(True, "reverse the tokens before the AR reads them")
+    whiten: bool = setting(
+        False, "whiten the patch channels before the flow by a fixed PCA, fitted on the data")
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
@@ -148,23 +152,26 @@ class Config:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """N, the number of tokens."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def token_dim(self) -> int:
-        """d."""
+        """d, the channels of a token."""
         return self.channels * self.patch_size**2
 
     @property
     def redundant_dim(self) -> int:
-        """d_R."""
+        """d_R, the redundant channels of a token."""
         return self.token_dim - self.informative_dim
 
 
 # ----------------------------------------------------------------------------- patches
 def patchify(images: Tensor, p: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, d): tokens in raster order, d = (row, column, channel) in a patch."""
+    """Cuts images (B, C, H, W) into tokens (B, N, d) in raster order.
+
+    d runs over (row, column, channel) in a patch.
+    """
     B, C, H, W = images.shape
     X = images.reshape(B, C, H // p, p, W // p, p)
     X = X.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
@@ -172,7 +179,7 @@ def patchify(images: Tensor, p: int) -> Tensor:
 
 
 def unpatchify(X: Tensor, p: int, channels: int) -> Tensor:
-    """(B, N, d) -> (B, C, H, W): undoes `patchify` for square images."""
+    """Puts tokens (B, N, d) together into square images (B, C, H, W): undoes `patchify`."""
     B, N, _ = X.shape
     n = math.isqrt(N)
     images = X.reshape(B, n, n, p, p, channels)
@@ -182,11 +189,10 @@ def unpatchify(X: Tensor, p: int, channels: int) -> Tensor:
 
 # ----------------------------------------------------------------------------- random numbers
 def random(law: Callable, B: int, shape: tuple, generators: Generators, like: Tensor) -> Tensor:
-    """Random numbers (B, *shape), of the type and device of `like`.
+    """Draws random numbers (B, *shape) with the dtype and on the device of `like`.
 
-    law is torch.randn, torch.rand or a function with their arguments.
-
-    With a list of generators, one per image, image i does not depend on the batch it is made in.
+    law is torch.randn, torch.rand or a function with the same arguments. With a list of
+    generators, one per image, the numbers of an image do not depend on the rest of its batch.
     """
     if isinstance(generators, list):
         if len(generators) != B:
@@ -200,25 +206,25 @@ def random(law: Callable, B: int, shape: tuple, generators: Generators, like: Te
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
-    """Draws from softmax(logits) by the inverse CDF.
+    """Draws indices from softmax(logits) by the inverse CDF.
 
     logits (..., K), u (..., S) uniform in [0, 1) -> int64 (..., S).
     """
-    cdf = logits.double().softmax(-1).cumsum(-1)  # in float32, sums of many candidates drift
+    cdf = logits.double().softmax(-1).cumsum(-1)  # float32 loses accuracy over many candidates
     k = torch.searchsorted(cdf, u.double() * cdf[..., -1:], right=True)
     return k.clamp(max=logits.shape[-1] - 1)
 
 
 # ----------------------------------------------------------------------------- mixtures
 def full_precision(x: Tensor):
-    """Context in which autocast is off: scales, determinants and mixtures are never in bf16."""
+    """Context that turns autocast off: scales, determinants and mixtures are never in bf16."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def soft_bound(a: Tensor, bound: float) -> Tensor:
-    """bound * tanh(a / bound): the identity near 0, within the bound and with a gradient always."""
+    """Limits a smoothly: bound * tanh(a / bound), close to a near 0, with a gradient everywhere."""
     return bound * torch.tanh(a / bound)
 
 
@@ -236,7 +242,7 @@ class GMM(NamedTuple):
     """A batch of diagonal Gaussian mixtures (Eq. 11).
 
     To model tokens with another distribution, a fork overrides log_prob, shared_log_prob, sample,
-    and noise, the law of sample's eps, called as torch.randn is.
+    and noise, which draws the eps of sample and has the arguments of torch.randn.
     """
 
     logits: Tensor  # (..., K)
@@ -251,9 +257,9 @@ class GMM(NamedTuple):
     def shared_log_prob(self, z: Tensor) -> Tensor:
         """log_prob of T vectors under one mixture: z (B, T, d), mixtures (B, ...) -> (B, T), nats.
 
-        The T vectors are an image's Z_R, or the candidates of one draw. Expanding the square turns
-        a (B, T, K, d) tensor into matrix products. These nearly cancel where |mu| >> sigma, so
-        they are in float64.
+        The T vectors are the Z_R of an image, or the candidates for one draw. Expanding the square
+        replaces a (B, T, K, d) tensor by matrix products. Where |mu| >> sigma these nearly cancel,
+        so they are computed in float64.
         """
         with full_precision(z):
             z64 = z.double()
@@ -268,21 +274,24 @@ class GMM(NamedTuple):
             return torch.logsumexp(-0.5 * e2 + log_pi.unsqueeze(1), -1).to(z.dtype)
 
     def sample(self, u: Tensor, eps: Tensor) -> Tensor:
-        """S draws of each mixture: u (..., S) uniform picks components, eps (..., S, d) normal.
+        """Draws S vectors from each mixture -> z (..., S, d).
 
-        Returns z (..., S, d).
+        u (..., S), uniform, picks the components; eps (..., S, d) is standard normal.
         """
         k = categorical(self.logits, u)  # (..., S)
         k = k.unsqueeze(-1).expand(eps.shape)  # (..., S, d)
         return self.mu.gather(-2, k) + self.log_sigma.gather(-2, k).exp() * eps
 
     def tempered(self, T_pi: float, T_sigma: float) -> "GMM":
-        """Logits times T_pi and stds times T_sigma (Table 6). T_sigma = 0 leaves the means."""
+        """The mixture with logits times T_pi and stds times T_sigma (Table 6).
+
+        T_sigma = 0 leaves only the means.
+        """
         log_T_sigma = math.log(max(T_sigma, 1e-38))
         return self._replace(logits=self.logits * T_pi, log_sigma=self.log_sigma + log_T_sigma)
 
     def halves(self) -> tuple["GMM", "GMM"]:
-        """The halves of a doubled batch (2B, ...): p(z|c) (B, ...) and p(z) of null (B, ...)."""
+        """Splits a doubled batch (2B, ...) into p(z|c) and p(z), each (B, ...)."""
         first = [part.chunk(2)[0] for part in self]
         second = [part.chunk(2)[1] for part in self]
         return self._make(first), self._make(second)
@@ -299,7 +308,7 @@ class KVCache:
         self.v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds k, v (B, heads, t, head_dim) -> all so far, (B, heads, length, head_dim)."""
+        """Appends k, v (B, heads, t, head_dim) -> all so far, (B, heads, length, head_dim)."""
         B, heads, t, head_dim = k.shape
         if self.k is None:
             self.k = k.new_empty(B, heads, self.T, head_dim)
@@ -315,7 +324,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v: q (B, heads, t, head_dim), k and v (B, heads, T, ...)."""
     t = q.shape[2]
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and t > 1:
-        # Training in bf16 on a CPU: plain products beat the fused kernel's backward almost twofold.
+        # Training in bf16 on a CPU: the fused kernel's backward pass takes almost twice as long.
         scores = (q @ k.mT).float() * q.shape[3] ** -0.5
         if causal:
             future = torch.ones(t, t, dtype=torch.bool).triu(1)
@@ -340,7 +349,7 @@ class Layer(nn.Module):
     def forward(self, h: Tensor, cache: KVCache | None = None, causal: bool = True) -> Tensor:
         """h (B, T, W) -> (B, T, W).
 
-        With a cache, h is the whole prefix at the first call and one token at each later one.
+        With a cache, the first call passes the whole prefix and each later call one token.
         """
         B, T, W = h.shape
         qkv = self.qkv(self.norm_attention(h)).view(B, T, 3, W // self.head_dim, self.head_dim)
@@ -348,14 +357,14 @@ class Layer(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if T == 1:
-            causal = False  # a single token sees all that is cached
+            causal = False  # a single token attends to everything in the cache
         read = attention(q, k, v, causal)
         h = h + self.out(read.transpose(1, 2).reshape(B, T, W))
         return h + self.down(F.gelu(self.up(self.norm_mlp(h))))
 
 
 class Transformer(nn.Module):
-    """Layers and a last norm. A fork replaces `layer`."""
+    """A stack of layers and a final norm. A fork may replace `layer`."""
 
     layer = Layer
 
@@ -407,10 +416,10 @@ def affine_inverse(z: Tensor, mu: Tensor, a: Tensor) -> Tensor:
 
 
 class FlowBlock(nn.Module):
-    """f_t of Eq. 8: token i is shifted and scaled by what a causal Transformer reads before it.
+    """f_t of Eq. 8: shifts and scales token i by what a causal Transformer reads in earlier ones.
 
-    The first token stays as it is. The paper's flow does not use labels; they reach every block so
-    that a fork can make the flow class-conditional by overriding `context`.
+    The first token is left unchanged. The paper's flow does not use labels; every block receives
+    them so that a fork can make the flow class-conditional by overriding `context`.
     """
 
     def __init__(self, config: Config, flip: bool):
@@ -425,23 +434,23 @@ class FlowBlock(nn.Module):
         nn.init.zeros_(self.to_mu_a.bias)
 
     def order(self, x: Tensor) -> Tensor:
-        """pi_t, raster order to this block's order; its own inverse. (B, N, ...) -> the same."""
+        """pi_t: puts tokens (B, N, ...) from raster order into this block's order, or back."""
         return x.flip(1) if self.flip else x
 
     def context(self, labels: Tensor | None) -> Tensor:
         """What is added to the tokens' embeddings, in this block's order: (1, N, W) or (B, N, W).
 
-        Here it is the positions alone; a class-conditional fork adds its classes.
+        Here it is the position alone; a class-conditional fork adds an embedding of the class.
         """
         return self.order(self.pos().unsqueeze(0))
 
     def hidden(self, x: Tensor, context: Tensor, cache: list[KVCache] | None = None,
                causal: bool = True) -> Tensor:
-        """Tokens x (B, T, d) and their context (..., T, W) -> h (B, T, W)."""
+        """The Transformer's output for tokens x (B, T, d), context (..., T, W) -> h (B, T, W)."""
         return self.transformer(self.embed(x) + context, cache, causal)
 
     def mu_a(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h (B, T, W) of tokens -> mu and a of the tokens that follow them, two of (B, T, d)."""
+        """h (B, T, W) of tokens -> mu and a of the tokens that follow them, each (B, T, d)."""
         with full_precision(h):
             mu, a = self.to_mu_a(h.to(self.to_mu_a.weight.dtype)).chunk(2, dim=-1)
             return mu, soft_bound(a, FLOW_LOG_SCALE_BOUND)
@@ -460,7 +469,7 @@ class FlowBlock(nn.Module):
         N = z.shape[1]
         context = self.context(labels)
         cache = self.transformer.new_cache(N)
-        x = z.clone()  # the first token stays; the others are overwritten one by one
+        x = z.clone()  # the first token is unchanged; the others are overwritten one by one
         for i in range(N - 1):
             h = self.hidden(x[:, i:i + 1], context[:, i:i + 1], cache)
             mu, a = self.mu_a(h)
@@ -470,8 +479,9 @@ class FlowBlock(nn.Module):
     def one_step(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The student's inverse (Algorithm 2): z (B, N, d) -> x (B, N, d), all tokens at once.
 
-        It is Eq. 9 with mu and a read from z instead of x, by attention in both directions. The
-        paper's student applies Eq. 8 with the copied weights; the inverse map starts closer.
+        This is Eq. 9 with mu and a computed from z instead of x, by attention in both directions.
+        The paper's student applies Eq. 8 with the copied weights; Eq. 9 starts closer to the
+        inverse.
         """
         z = self.order(z)
         h = self.hidden(z, self.context(labels), causal=False)
@@ -483,9 +493,9 @@ class FlowBlock(nn.Module):
 class Flow(nn.Module):
     """F = f_n o ... o f_1 (Eq. 8-10), between a fixed map of the channels and the final flip.
 
-    Blocks alternate between raster and reverse order, as TARFlow's do. Which one the last has is
-    open: here it is raster order, and the final flip then makes the AR read in reverse. A fork
-    replaces `block`.
+    The blocks alternate between raster and reverse order, as in TarFlow. Which order the last one
+    has is open: here it is raster order, so that the final flip makes the AR read in reverse. A
+    fork may replace `block`.
     """
 
     block = FlowBlock
@@ -499,15 +509,16 @@ class Flow(nn.Module):
         self.blocks = nn.ModuleList(
             self.block(config, flip=(n - 1 - t) % 2 == 1) for t in range(n))
         self.register_buffer("mean", torch.zeros(d))
-        self.register_buffer("map", torch.eye(d))  # X -> (X - mean) map
+        self.register_buffer("map", torch.eye(d))  # Z_0 = (X - mean) map
         self.register_buffer("inverse_map", torch.eye(d))
         self.register_buffer("map_logdet", torch.zeros(()))  # log|det map| of one token, nats
 
     @torch.no_grad()
     def fit(self, X: Tensor) -> None:
-        """With `whiten`: the PCA of patches X (B, N, d), scaled to unit variance, largest first.
+        """With `whiten`, sets the fixed map of the channels from patches X (B, N, d).
 
-        The map then stays as it is: the model remains an exact flow, and its determinant counts.
+        It is their PCA, largest variance first, scaled to unit variance. Training leaves it as it
+        is, so the model remains an exact flow; the log-determinant includes that of the map.
         """
         if not self.whiten:
             return
@@ -522,9 +533,9 @@ class Flow(nn.Module):
         self.map_logdet.copy_(scale.log().sum())
 
     def states(self, X: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """Z_0 ... Z_n of Algorithm 2, each (B, N, d) in raster order, and logdet (B,) in nats.
+        """X (B, N, d) -> Z_0 ... Z_n of Algorithm 2, each (B, N, d), and logdet (B,) in nats.
 
-        Z_0 is X after the fixed map.
+        Z_0 is X after the fixed map. All are in raster order.
         """
         with full_precision(X):
             z = (X - self.mean) @ self.map
@@ -547,35 +558,32 @@ class Flow(nn.Module):
                 labels: Tensor | None = None) -> Tensor:
         """Z (B, N, d) -> X (B, N, d) (Eq. 9).
 
-        method "exact" goes token by token; "student" takes one pass per block, an approximation.
+        method "exact" goes token by token; "student" approximates it in one pass per block.
         """
         if method not in ("exact", "student"):
             raise ValueError(f"inverse: got {method!r}, expected exact or student")
         if method == "student" and student is None:
             raise ValueError("inverse: this model has no student; distil one with "
                              "python train.py --distill DIR, or use --inverse exact")
-        with torch.inference_mode():  # 5 to 10% faster than no_grad in small kernels
+        with torch.inference_mode():  # 5 to 10% faster than no_grad for small kernels
             z = Z.flip(1) if self.final_flip else Z
             for t in reversed(range(len(self.blocks))):
                 if method == "exact":
                     z = self.blocks[t].inverse(z, labels)
                 else:
                     z = student.blocks[t].one_step(z, labels)
-        with full_precision(z):  # outside inference mode: what comes out may need a gradient
+        with full_precision(z):  # outside inference mode, so that the result may need a gradient
             return z @ self.inverse_map + self.mean
 
 
 # ----------------------------------------------------------------------------- guidance
 class Noise(NamedTuple):
-    """Random numbers for draws from mixtures, made up front: generators are used in a fixed order.
-
-    `generators` themselves serve the ablation by rejection alone.
-    """
+    """The random numbers behind draws from mixtures, made in advance and in a fixed order."""
 
     u: Tensor  # (B, ..., S) uniform in [0, 1): picks the component of each candidate
-    eps: Tensor  # (B, ..., S, d): the candidate within its component
+    eps: Tensor  # (B, ..., S, d): places each candidate within its component
     pick: Tensor  # (B, ..., n) uniform in [0, 1): picks n of the candidates
-    generators: Generators
+    generators: Generators  # used only by the ablation `reject_cfg`
 
     def token(self, i: int) -> "Noise":
         """The random numbers of token i; the second axis counts tokens."""
@@ -584,7 +592,7 @@ class Noise(NamedTuple):
 
 def new_noise(B: int, candidates: tuple, d: int, picks: tuple, generators: Generators,
               like: Tensor, law: Callable = torch.randn) -> Noise:
-    """Noise with u (B, *candidates), eps (B, *candidates, d) of a law and pick (B, *picks)."""
+    """Makes u (B, *candidates), eps (B, *candidates, d), drawn by `law`, and pick (B, *picks)."""
     u = random(torch.rand, B, candidates, generators, like)
     eps = random(law, B, (*candidates, d), generators, like)
     pick = random(torch.rand, B, picks, generators, like)
@@ -592,16 +600,17 @@ def new_noise(B: int, candidates: tuple, d: int, picks: tuple, generators: Gener
 
 
 def resample_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Tensor:
-    """Guidance by resampling: draws from about p_c(z)^{1+w} p_u(z)^{-w} (Eq. 15, Algorithm 1).
+    """Guidance by resampling: draws roughly from p_c(z)^{1+w} p_u(z)^{-w} (Eq. 15, Algorithm 1).
 
-    p is a doubled batch [p_c, p_u], (2B, K, ...). Of the S candidates, S_c come from p_c and get
-    the weight (p_c/p_u)^w, the others come from p_u and get (p_c/p_u)^{w+1}. As many of them as
-    noise.pick has numbers are drawn, with replacement -> (B, n, d). scale multiplies the stds of
-    the proposals once more (Fig. 7).
+    p is a doubled batch [p_c, p_u], (2B, K, ...). Of the S candidates, S_c are drawn from p_c and
+    get the weight (p_c/p_u)^w; the others are drawn from p_u and get (p_c/p_u)^{w+1}. From these,
+    noise.pick (B, n) picks n with replacement -> (B, n, d). scale is an extra factor on the stds
+    when drawing candidates (Fig. 7).
 
-    With all temperatures 1 the draw tends to its target as S grows; 5 + 5 candidates are still a
-    Kolmogorov-Smirnov distance of .04 to .12 away from it. With the temperatures of Table 6 the
-    limit is not exactly the target. The weights are Algorithm 1's; A.2 prints the first for all.
+    With all temperatures 1, the distribution of a draw tends to the target as S grows; with 5 + 5
+    candidates its Kolmogorov-Smirnov distance to it is still .04 to .12. With the temperatures of
+    Table 6 even the limit is not exactly the target. The weights are those of Algorithm 1;
+    Appendix A.2 gives all candidates the first one.
     """
     w = options.guidance
     S = noise.u.shape[1]
@@ -629,7 +638,7 @@ def draw(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Tensor:
 
 # ----------------------------------------------------------------------------- AR prior
 class MixtureHead(nn.Module):
-    """h (..., W) -> a mixture of K components over R^d (Eq. 11)."""
+    """Predicts a mixture of K components over R^d from h (..., W) (Eq. 11)."""
 
     def __init__(self, W: int, K: int, d: int, mixture: type[GMM] = GMM):
         super().__init__()
@@ -639,7 +648,7 @@ class MixtureHead(nn.Module):
         self.linear = nn.Linear(W, K * (1 + 2 * d))
         nn.init.normal_(self.linear.weight, std=0.1 * W**-0.5)
         nn.init.zeros_(self.linear.bias)
-        if K > 1:  # components that start alike would separate slowly
+        if K > 1:  # components that start out equal would separate slowly
             nn.init.normal_(self.linear.bias[K:K + K * d], std=0.5)
 
     def forward(self, h: Tensor) -> GMM:
@@ -656,11 +665,11 @@ class MixtureHead(nn.Module):
 class Prior(nn.Module):
     """P(Z|c) = prod_i P(Z^I_i | Z^I_<i, c) prod_i P(Z^R_i | Z^I, c) (Eq. 14).
 
-    Z^I are the first d_I channels of every token, Z^R the others: that the former carry the
-    information is what the loss teaches the flow (3.3). A Transformer reads
-    [c x M, Z^I_1 ... Z^I_N]. Its output at the last class token is the mixture of Z^I_1, its
-    output at Z^I_i that of Z^I_{i+1}, and its output at Z^I_N the one mixture that all Z^R share.
-    Without a split, Z^I is all of Z (Eq. 11, 12).
+    Z^I is the first d_I channels of every token and Z^R the others; it is the loss that teaches
+    the flow to put the information into Z^I (3.3). A Transformer reads [c x M, Z^I_1 ... Z^I_N].
+    Its output at the last class token gives the mixture of Z^I_1, its output at Z^I_i that of
+    Z^I_{i+1}, and its output at Z^I_N the one mixture that the Z^R of all tokens share. Without a
+    split, Z^I is all of Z (Eq. 11, 12).
     """
 
     def __init__(self, config: Config, mixture: type[GMM] = GMM):
@@ -676,10 +685,10 @@ class Prior(nn.Module):
         nn.init.normal_(self.class_embed.weight, std=0.5)
         self.class_pos = nn.Parameter(0.1 * torch.randn(self.M, W))
         self.embed = nn.Linear(self.d_I, W)
-        self.pos = Positions(self.N, W)  # learned, so the order that the AR reads in is all one
+        self.pos = Positions(self.N, W)  # learned: the AR's reading order makes no difference
         self.transformer = Transformer(W, config.ar_layers, config.head_dim)
         self.informative = MixtureHead(W, config.informative_mixtures, self.d_I, mixture)
-        self.redundant = None  # no split, or the ablation with N(0, I)
+        self.redundant = None  # None: no split, or the ablation with N(0, I)
         if self.d_R and config.redundant_prior == "mixture":
             self.redundant = MixtureHead(W, config.redundant_mixtures, self.d_R, mixture)
         elif self.d_R and mixture is not GMM:
@@ -687,17 +696,20 @@ class Prior(nn.Module):
                              "Gaussian; expected mixture")
 
     def class_tokens(self, labels: Tensor) -> Tensor:
-        """The class embedding repeated M times: labels (B,) -> (B, M, W)."""
+        """The class embedding M times, each with its position: labels (B,) -> (B, M, W)."""
         return self.class_embed(labels).unsqueeze(1) + self.class_pos
 
     def shared(self, h: Tensor) -> GMM:
-        """h (B, W) after the last informative token -> the mixture of all Z^R, (B, K_R, ...)."""
+        """h (B, W) at the last informative token -> the mixture of all Z^R, (B, K_R, ...)."""
         if self.redundant is None:
             return standard_gaussian(len(h), self.d_R, h)
         return self.redundant(h)
 
     def forward(self, Z_I: Tensor, labels: Tensor) -> tuple[GMM, GMM | None]:
-        """Z_I (B, N, d_I), labels (B,) -> the mixtures of Z_I (B, N, K_I, ...) and that of Z_R."""
+        """Predicts the mixtures from Z_I (B, N, d_I) and labels (B,).
+
+        Returns those of Z_I, (B, N, K_I, ...), and the one of Z_R, (B, K_R, ...) or None.
+        """
         h = torch.cat([self.class_tokens(labels), self.embed(Z_I) + self.pos()], 1)
         h = self.transformer(h)[:, self.M - 1:]  # (B, N + 1, W)
         p_I = self.informative(h[:, :-1])
@@ -708,7 +720,7 @@ class Prior(nn.Module):
     def draw(self, p: GMM, options: Sampling, noise: Noise, i: int) -> Tensor:
         """Draws Z^I_i from its mixture, (B, K, ...) or doubled -> (B, d_I).
 
-        noise is that of all tokens. A fork with a guidance of its own replaces this, and
+        `noise` is for all tokens. A fork with its own kind of guidance overrides this method and
         draw_redundant.
         """
         return draw(p, options, noise.token(i))[:, 0]
@@ -721,7 +733,7 @@ class Prior(nn.Module):
     def sample(self, labels: Tensor, options: Sampling, generators: Generators = None) -> Tensor:
         """labels (B,) -> Z (B, N, d), one informative token after another with a KV cache.
 
-        With guidance, the passes of the class and of the null class run as one doubled batch.
+        With guidance, the passes for the class and for the null class run as one doubled batch.
         """
         B = len(labels)
         guided = options.guidance > 0
@@ -749,18 +761,18 @@ class Prior(nn.Module):
     @torch.no_grad()
     def sample_redundant(self, h: Tensor, B: int, options: Sampling,
                          generators: Generators = None) -> Tensor:
-        """h (B or 2B, W) after the last informative token -> Z_R (B, N, d_R).
+        """h (B or 2B, W) at the last informative token -> Z_R (B, N, d_R).
 
-        All N are draws of the one shared mixture. Guided, they are picked with replacement from
-        one pool of N S candidates, so that tokens may share a vector. The size of the pool, and
-        whether Table 6 holds for Z^R, are open.
+        All N vectors are draws from the one shared mixture. With guidance, they are picked with
+        replacement from one pool of N S candidates, so two tokens may get the same vector. The
+        size of the pool, and whether Table 6 applies to Z^R, are open.
         """
-        if self.redundant is None:  # N(0, I) has no class to guide by and is not tempered
+        if self.redundant is None:  # N(0, I) takes neither guidance nor temperature
             h = h[:B]
             options = dataclasses.replace(options, guidance=0.0, T_sigma=1.0)
         h = h.unflatten(0, (-1, B))  # (1 or 2, B, W)
         pool = self.N * options.candidates
-        at_once = max(1, 2**22 // (pool * self.d_R))  # images; bounds the memory of their pools
+        at_once = max(1, 2**22 // (pool * self.d_R))  # images at a time, to limit the memory
         parts = []
         for i in range(0, B, at_once):
             part = h[:, i:i + at_once]
@@ -784,23 +796,24 @@ class Student(nn.Module):
 
 
 class Distiller(nn.Module):
-    """The student's loss as a module that is called as the model is (Algorithm 2).
+    """The student's loss (Algorithm 2), as a module that is called like the model.
 
-    Its parameters are the student's alone.
+    Its only parameters are those of the student.
     """
 
     def __init__(self, model: "Farmer", noise: float = 0.3):
         super().__init__()
         self.student = model.student
         self.noise = noise  # the largest std of the noise on the student's input
-        object.__setattr__(self, "teacher", model)  # past nn.Module: the teacher is not trained
+        object.__setattr__(self, "teacher", model)  # not as a submodule: it is not trained
 
     def forward(self, x: Tensor, labels: Tensor | None = None,
                 generators: Generators = None) -> dict[str, Tensor]:
         """Real images x (B, C, H, W) -> {"loss": (B,)}, the mean of MSE(Z~_{t-1}, Z_{t-1}) over t.
 
-        The first student block receives Z_n + s eps, s ~ U[0, noise], each later one the output of
-        the one before. Algorithm 2 draws s once per iteration, this once per image.
+        The first student block, t = n, receives Z_n + s eps with s ~ U[0, noise], and each later
+        one the output of the one before. Algorithm 2 draws one s per iteration; here each image has
+        its own.
         """
         B = len(x)
         labels = self.teacher.check_labels(labels, B)
@@ -832,8 +845,8 @@ class LogProb(NamedTuple):
 class Farmer(nn.Module):
     """The model: `flow` maps patches to latents, `prior` models them.
 
-    Labels are (B,) int64 with num_classes as the null label. A fork replaces the class of the
-    mixtures, or a part after super().__init__.
+    Labels are (B,) int64 with num_classes as the null label. A fork may replace `mixture`, the
+    class of the mixtures, or assign another part after super().__init__(config).
     """
 
     mixture = GMM
@@ -849,24 +862,25 @@ class Farmer(nn.Module):
                 generators: Generators = None) -> dict[str, Tensor]:
         """The loss (Eq. 13, 14) and its parts, each (B,) in nats per dimension.
 
-        informative and redundant are negative log-likelihoods, so that
-        loss = informative + redundant - logdet. Nothing here is random: generators are for models
-        that need them, such as the Distiller.
+        informative and redundant are negative log-likelihoods, so
+        loss = informative + redundant - logdet. Nothing here is random: `generators` is there
+        for modules that need it, such as the Distiller.
         """
         D = x[0].numel()
         log_p = self.log_prob(x, labels)
         return dict(
             loss=-log_p.total / D,
-            nats_per_dim=-log_p.total / D,  # the loss under the name that the log knows
+            nats_per_dim=-log_p.total / D,  # the loss again, under the name that the log shows
             informative=-log_p.informative / D,
             redundant=-log_p.redundant / D,
             logdet=log_p.logdet / D,
         )
 
     def log_prob(self, images: Tensor, labels: Tensor | None = None) -> LogProb:
-        """log p(images|labels) of dequantised images (B, C, H, W), about [-1, 1].
+        """log p(images|labels) of dequantised images (B, C, H, W), pixels in about [-1, 1].
 
-        labels None: all null. Raises ValueError for another image size or a label out of range.
+        labels (B,), or None for the null class. Raises ValueError for images of another size or a
+        label out of range.
         """
         labels = self.check_labels(labels, len(images))
         Z, logdet = self.flow(self.patches(images), labels)
@@ -881,9 +895,10 @@ class Farmer(nn.Module):
     @torch.no_grad()
     def sample(self, labels: Tensor, options: Sampling | None = None,
                generators: Generators = None) -> Tensor:
-        """labels (B,) -> images (B, C, H, W) float32, not clamped. options: the config's if None.
+        """Draws images: labels (B,) -> (B, C, H, W) float32, not clamped.
 
-        With a list of generators, one per image, image i does not depend on its batch.
+        options None: those of the config. With a list of generators, one per image, an image does
+        not depend on the rest of its batch.
         """
         options = options or self.config.sampling
         Z = self.sample_latents(labels, options, generators)
@@ -906,7 +921,7 @@ class Farmer(nn.Module):
 
     @torch.no_grad()
     def decode(self, Z: Tensor, options: Sampling, labels: Tensor | None = None) -> Tensor:
-        """Z (B, N, d) -> images (B, C, H, W), by the inverse that the options name."""
+        """Z (B, N, d) -> images (B, C, H, W), by the inverse that options.inverse names."""
         method = options.inverse
         if method == "auto":
             method = "student" if self.student is not None else "exact"
@@ -917,7 +932,7 @@ class Farmer(nn.Module):
         return unpatchify(X, self.config.patch_size, self.config.channels)
 
     def denoise(self, images: Tensor, labels: Tensor, sigma: float) -> Tensor:
-        """x + sigma^2 grad_x log p(x|c): the expected clean image where x has noise of std sigma.
+        """Removes noise of std sigma: the expected clean image is x + sigma^2 grad_x log p(x|c).
 
         images (B, C, H, W) -> the same shape. This is Tweedie's formula with the model's own exact
         density, as in TarFlow. It is not in the paper.
@@ -928,11 +943,11 @@ class Farmer(nn.Module):
         return images + sigma**2 * score
 
     def fit(self, images: Tensor) -> None:
-        """Fits the fixed map of the channels on dequantised images (B, C, H, W)."""
+        """Fits the flow's fixed map of the channels to dequantised images (B, C, H, W)."""
         self.flow.fit(self.patches(images))
 
     def patches(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) of the model's size -> X (B, N, d)."""
+        """Images (B, C, H, W) of the model's size -> their tokens X (B, N, d)."""
         c = self.config
         size = (c.channels, c.image_size, c.image_size)
         if images.dim() != 4 or images.shape[1:] != size:
@@ -940,14 +955,16 @@ class Farmer(nn.Module):
         return patchify(images, c.patch_size)
 
     def check_labels(self, labels: Tensor | None, B: int) -> Tensor:
-        """labels (B,) on the model's device; all null where they are None or there are no classes.
+        """Checks labels (B,) and puts them on the model's device.
+
+        All are null if labels is None or the model has no classes.
         """
         device = next(self.parameters()).device
         null = self.config.num_classes
         if labels is None or null == 0:
             return torch.full((B,), null, device=device)
         wrong = labels.shape != (B,)
-        if not wrong and not labels.is_cuda:  # looking at values would make a GPU wait
+        if not wrong and not labels.is_cuda:  # reading the values would make a GPU wait
             wrong = bool(((labels < 0) | (labels > null)).any())
         if wrong:
             raise ValueError(f"labels: got {str(labels.tolist())[:40]}, expected {B} integers "
@@ -960,7 +977,7 @@ class Farmer(nn.Module):
         return self.student
 
     def distiller(self, noise: float = 0.3) -> Distiller:
-        """A module to train this model's student with; attaches one if there is none.
+        """The module that trains this model's student; attaches a student if there is none.
 
         Freezes the model itself.
         """
@@ -971,13 +988,13 @@ class Farmer(nn.Module):
         return Distiller(self, noise)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """torch's load_state_dict; weights that have a student's attach one first."""
+        """torch's load_state_dict; first attaches a student if the weights include one."""
         if self.student is None and any(name.startswith("student.") for name in state_dict):
             self.new_student()
         return super().load_state_dict(state_dict, strict, assign)
 
     def layers(self) -> list[Layer]:
-        """The Transformer layers of all parts: the unit of compiling and recomputing."""
+        """The Transformer layers of all parts, the units of compiling and recomputing."""
         return [m for m in self.modules() if isinstance(m, Layer)]
 
 
@@ -993,9 +1010,9 @@ def standard_gaussian(B: int, d: int, like: Tensor) -> GMM:
 
 def gaussian_guided(mu_c: Tensor, sigma_c: Tensor, mu_u: Tensor, sigma_u: Tensor,
                     w: float) -> tuple[Tensor, Tensor]:
-    """mu and sigma of the Gaussian N(x; mu_c, sigma_c)^{1+w} N(x; mu_u, sigma_u)^{-w}.
+    """mu and sigma of the Gaussian N(x; mu_c, sigma_c)^{1+w} N(x; mu_u, sigma_u)^{-w}, normalised.
 
-    All of one shape. Where that product is no Gaussian, mu_c and sigma_c.
+    All tensors have one shape. Where the product is not a Gaussian, the result is mu_c, sigma_c.
     """
     precision = (1 + w) / sigma_c**2 - w / sigma_u**2
     mu = ((1 + w) * mu_c / sigma_c**2 - w * mu_u / sigma_u**2) / precision
@@ -1004,12 +1021,12 @@ def gaussian_guided(mu_c: Tensor, sigma_c: Tensor, mu_u: Tensor, sigma_u: Tensor
 
 
 def reject_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Tensor:
-    """Naive CFG, rejection sampling as GIVT and JetFormer do it: p (2B, K, ...) -> (B, n, d).
+    """Naive CFG by rejection sampling, as in GIVT and JetFormer: p (2B, K, ...) -> (B, n, d).
 
-    u (B, n) picks a component of p_c and the same one of p_u. Each channel then follows
-    N_c^{1+w} N_u^{-w}: of 1,000 proposals from N(mu_c, 2 max(sigma_c, sigma_u)) the first accepted
-    one counts. Where none is, eps (B, n, d) draws from N_c. As in their code, the envelope is no
-    strict upper bound, and mixtures are compared component by component.
+    u (B, n) picks a component of p_c and the same one of p_u. Each channel is then drawn from
+    N_c^{1+w} N_u^{-w}: of 1,000 proposals from N(mu_c, 2 max(sigma_c, sigma_u)), the first accepted
+    one is taken. If none is accepted, eps (B, n, d) gives a draw from N_c. As in their code, the
+    envelope is not a strict upper bound, and mixtures are compared component by component.
     """
     if type(p) is not GMM:
         raise ValueError("guidance_method: got reject, but this model's mixtures are not Gaussian; "
@@ -1026,12 +1043,12 @@ def reject_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> T
     width = 2 * torch.maximum(sigma_c, sigma_u)
 
     def log_target(x: Tensor, i: slice) -> Tensor:
-        """log N_c^{1+w} N_u^{-w} of draws i up to a constant."""
+        """log N_c^{1+w} N_u^{-w} at x for the draws i, up to a constant."""
         e_c = (x - mu_c[:, i]) / sigma_c[:, i]
         e_u = (x - mu_u[:, i]) / sigma_u[:, i]
         return 0.5 * (w * e_u.square() - (1 + w) * e_c.square())
 
-    # The largest value of the target within 10 of mu_c, which is as far as GIVT looks.
+    # The largest value of the target within 10 of mu_c; GIVT searches no further either.
     everywhere = slice(None)
     mode, _ = gaussian_guided(mu_c, sigma_c, mu_u, sigma_u, w)
     mode = mode.clamp(mu_c - 10, mu_c + 10)
@@ -1040,7 +1057,7 @@ def reject_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> T
         log_max = torch.maximum(log_max, log_target(edge, everywhere))
 
     draws = []
-    for j in range(n):  # one after another bounds the memory
+    for j in range(n):  # one after another, to limit the memory
         i = slice(j, j + 1)
         e = random(torch.randn, B, (1000, d), generators, eps)
         v = random(torch.rand, B, (1000, d), generators, eps)
@@ -1060,13 +1077,13 @@ _table6 = functools.partial(
 _p16 = dict(
     image_size=256, patch_size=16, num_classes=1000, informative_dim=128, informative_mixtures=64,
     class_tokens=64)
-# d_I, K_I and K_R of p8 are open. With this d_I an image has as many informative numbers as in p16.
-# These presets stay below Table 1's totals (946M and 1,729M), as any small d_I does.
+# d_I, K_I and K_R of p8 are open. With this d_I an image has as many informative values as in p16.
+# These presets have fewer parameters than in Table 1 (946M and 1,729M), as with any small d_I.
 _p8 = dict(_p16, patch_size=8, informative_dim=32)
 _1b = dict(
     flow_blocks=28, flow_layers=4, flow_width=768, ar_layers=12, ar_width=768,
     redundant_mixtures=200)
-# Section 4.1 gives K_R = 200 here too, but Table 1's 498M parameters of the AR leave room for 136.
+# Section 4.1 gives K_R = 200 here too, but the AR's 498M parameters in Table 1 allow only 136.
 _2b = dict(
     flow_blocks=32, flow_layers=6, flow_width=768, ar_layers=24, ar_width=1024,
     redundant_mixtures=136)
@@ -1075,7 +1092,7 @@ PRESETS = {
     "fashion": Config(
         whiten=True, image_size=28, channels=1, flow_layers=2, ar_layers=4, informative_dim=8,
         informative_mixtures=8, sampling=Sampling(guidance=1.0, denoise=0.03)),
-    "cifar10": Config(  # no split: made for likelihood
+    "cifar10": Config(  # no split: meant for likelihood
         whiten=True, image_size=32, flow_blocks=8, flow_layers=4, flow_width=256, ar_layers=8,
         ar_width=256, class_tokens=8, sampling=Sampling(guidance=1.0)),
     "imagenet64": Config(
@@ -1090,8 +1107,8 @@ PRESETS = {
         sampling=_table6(guidance=1.5, T_sigma=1.0, T_pi_v=0.1, T_sigma_v=1.0)),
 }
 
-# Settings of train.py that differ from its defaults. 200,200 steps of 2,048 are the paper's 320
-# epochs of ImageNet; the batch size is open.
+# Settings of train.py that differ from its defaults. 200,200 steps of 2,048 images are the paper's
+# 320 epochs of ImageNet; the batch size is open.
 _paper = dict(
     steps=200_200, batch_size=2048, lr=1e-4, warmup=5000, data="imagenet/train", enlarge=True)
 TRAINING = {

@@ -1,30 +1,43 @@
 """FID, Inception Score, precision and recall of images, or of a model's samples.
 
-    python fid.py SAMPLES REFERENCE                                # images or saved statistics
-    python fid.py cifar10:train cifar10:test                       # how far two halves are apart
-    python fid.py runs/tiny REFERENCE --num 50000 --guidance 1.5   # straight from a model
-    python fid.py REFERENCE --save-stats reference.npz             # statistics for later
-    torchrun --nproc_per_node=8 fid.py runs/tiny REFERENCE -n 50000   # on 8 GPUs (write -n here)
+    python fid.py samples.npz cifar10:test               # images that you have
+    python fid.py runs/cifar cifar10:test --num 10000    # samples of a model
+    python fid.py cifar10:train --save-stats real.npz    # statistics, used next:
+    python fid.py runs/cifar real.npz --num 10000 --guidance 1.5
+    python fid.py runs/tiny digits:test --num 500 --features features.pt
+    torchrun --nproc_per_node=8 fid.py runs/cifar real.npz -n 50000
 
-SAMPLES and REFERENCE are what train.py takes as --data (digits, cifar10, a folder, .zip, .npz,
-...; :train and :test name a split), or an .npz of statistics (`mu` and `sigma`, as pytorch-fid and
-ADM save them). An .npz that holds both, like ADM's reference batches, gives its statistics to the
-FID and its images to precision and recall, as in ADM's evaluator.
+features.pt is a small network of your own, as written by
+`python results/classifier.py fit digits features.pt --noise 0`. torchrun takes
+--num for a flag of its own: write -n there.
 
-The features are those of pytorch-fid: its weight file, images as uint8 / 255, bilinear resize to
-299x299 without antialiasing (half-pixel centres), [0, 1] -> [-1, 1]. With --features they are
-those of a TorchScript file, and the distance is called FD, never FID. Such a file is a program
-that runs with your rights: take none from strangers.
+SAMPLES and REFERENCE are what train.py takes as --data (digits, cifar10, a
+folder, .zip, .npz, ...; :train and :test name a split), or an .npz of statistics
+(`mu` and `sigma`, as pytorch-fid and ADM save them). An .npz that holds both,
+like ADM's reference batches, gives its statistics to the FID and its images to
+precision and recall, as in ADM's evaluator.
+
+FID is the Fréchet distance between the features of two sets of images: lower is
+better. Precision says how many samples look real, recall how much of the
+reference the samples cover. The features are those of pytorch-fid: its weight
+file, images as uint8 / 255, bilinear resize to 299x299 without antialiasing
+(half-pixel centres), [0, 1] -> [-1, 1]. With --features they are those of a
+TorchScript file, and the distance is called FD, never FID. Such a file is a
+program that runs with your rights: take none from strangers.
 
 What changes the numbers:
-- Resize. TensorFlow 1, and so ADM's evaluator and torch-fidelity, has no half-pixel centres;
-  clean-fid antialiases. Compare only numbers made with the same resize.
-- uint8. Samples are rounded to 256 levels first; scoring the floats gives another number.
-- JPEG. A reference saved as JPEG carries its artefacts into mu and sigma; use lossless files.
-- Count. FID is biased upwards, less so for more images: never compare 10K with 50K. Precision,
-  recall and the Inception Score use at most 50,000 images, drawn at random, the same every time.
-- Order. The Inception Score of files sorted by class would see a few classes in each split, so
-  they are shuffled, the same way every time.
+- Resize. TensorFlow 1, and so ADM's evaluator and torch-fidelity, has no
+  half-pixel centres; clean-fid antialiases. Compare only numbers made with the
+  same resize.
+- uint8. Samples are rounded to 256 levels first; scoring the floats gives
+  another number.
+- JPEG. A reference saved as JPEG carries its artefacts into mu and sigma; use
+  lossless files.
+- Count. FID is biased upwards, less so for more images: never compare 10K with
+  50K. Precision, recall and the Inception Score use at most 50,000 images, drawn
+  at random, the same every time.
+- Order. The Inception Score of files sorted by class would see a few classes in
+  each split, so they are shuffled, the same way every time.
 """
 import argparse
 import dataclasses
@@ -183,31 +196,47 @@ def warn_of_bias(sources: list[Source], statistics: list[Statistics]) -> None:
 # ----------------------------------------------------------------------------- the command line
 def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
     """sampling: the dataclass of the model's sampling settings."""
-    p = cli.Parser(prog="fid.py", description=__doc__)
-    p.add_argument("samples", metavar="SAMPLES",
-                   help="images or statistics; with --num a run's folder or checkpoint")
-    p.add_argument("reference", metavar="REFERENCE", nargs="?",
-                   help="images or statistics; optional with --save-stats")
-    p.add_argument("-n", "--num", type=cli.at_least(int, 2),
-                   help="draw this many samples from the model SAMPLES, all classes in turn")
-    p.add_argument("--seed", type=cli.at_least(int, 0), default=0,
-                   help="of the samples (default: %(default)s)")
-    network = p.add_mutually_exclusive_group()
-    network.add_argument("--features", metavar="FILE.pt",
-                         help="a TorchScript module that maps images (N, 3, H, W) in [-1, 1] to "
-                         "(N, D); it gets luminance if it has an attribute channels = 1")
-    network.add_argument("--weights", metavar="PATH",
+    parser = cli.Parser(prog="fid.py", description=__doc__,
+                        usage="python fid.py SAMPLES [REFERENCE] [options]")
+    parser.add_argument("samples", metavar="SAMPLES",
+                        help="the images to score, or their statistics; with --num the model to "
+                        "draw them from: a run's folder or a .pt file")
+    parser.add_argument("reference", metavar="REFERENCE", nargs="?",
+                        help="the real images to compare with, or their statistics; optional with "
+                        "--save-stats")
+    parser.add_argument("--save-stats", metavar="FILE",
+                        help="also write the statistics of SAMPLES to this .npz, which can be "
+                        "SAMPLES or REFERENCE later")
+    parser.add_argument("--json", action="store_true",
+                        help="print one JSON object instead of a line per number")
+
+    group = parser.add_argument_group("features (default: those of pytorch-fid)")
+    network = group.add_mutually_exclusive_group()
+    network.add_argument("--weights", metavar="FILE",
                          help="pytorch-fid's weight file (default: downloaded once and cached)")
-    p.add_argument("--save-stats", metavar="X.npz", help="write mu and sigma of SAMPLES")
-    p.add_argument("--batch-size", type=cli.at_least(int, 1), default=50,
-                   help="images at a time (default: %(default)s)")
-    p.add_argument("--workers", type=cli.at_least(int, 0), default=min(8, os.cpu_count() // 2),
-                   help="processes that decode images (default: %(default)s)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    group = p.add_argument_group("sampling, with --num (default: what the checkpoint says)")
+    network.add_argument("--features", metavar="FILE",
+                         help="another network: a TorchScript module that maps images (N, 3, H, W) "
+                         "in [-1, 1] to (N, D); with an attribute channels = 1 it is given "
+                         "luminance (N, 1, H, W)")
+
+    how = parser.add_argument_group("how it runs (changes results by rounding at most)")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                     help="auto = a GPU where there is one (default: auto)")
+    how.add_argument("--batch-size", type=cli.at_least(int, 1), default=50, metavar="N",
+                     help="images at a time (default: 50)")
+    how.add_argument("--workers", type=cli.at_least(int, 0), default=min(8, os.cpu_count() // 2),
+                     metavar="N", help="processes that decode images, per device; 0 = none beside "
+                     "this one (default: half the CPU cores, at most 8; here %(default)s)")
+
+    group = parser.add_argument_group("samples of a model")
+    group.add_argument("-n", "--num", type=cli.at_least(int, 2), metavar="N",
+                       help="draw N samples, all classes in turn, from the model SAMPLES "
+                       "(default: SAMPLES are images)")
+    group.add_argument("--seed", type=cli.at_least(int, 0), default=0, metavar="N",
+                       help="random seed; sample i depends on it and on i alone (default: 0)")
+    group = parser.add_argument_group("sampling with --num (a checkpoint may hold other defaults)")
     cli.add_fields(group, sampling)
-    args = p.parse_intermixed_args(argv)  # REFERENCE may follow a flag
+    args = parser.parse_intermixed_args(argv)  # REFERENCE may follow a flag
     settings = cli.given(args, sampling)
     if settings and args.num is None:
         flag = cli.flag_of(next(iter(settings)))

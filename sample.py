@@ -1,9 +1,9 @@
-"""Sample from a trained model: a grid picture or an .npz.
+"""Draw samples from a trained model, as a picture or an .npz.
 
     python sample.py runs/tiny --labels 3,7 --guidance 2 --out threes_and_sevens.png
     python sample.py runs/tiny --num 50000 --out samples.npz
-    python sample.py runs/tiny --sweep guidance=0,1,2,4    # a column per value, the same noise
-    python sample.py runs/tiny --log-prob --out samples.npz    # log p(x) beside the images
+    python sample.py runs/tiny --sweep guidance=0,1,2,4    # a column per value, same noise
+    python sample.py runs/tiny --log-prob --out samples.npz    # images and their log p(x)
     torchrun --nproc_per_node=8 sample.py runs/tiny -n 50000 --out samples.npz
 """
 import dataclasses
@@ -44,21 +44,22 @@ def parse(argv: list[str] | None):
                     usage="python sample.py DIR_OR_CKPT [options]")
     parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's folder or a .pt file")
     parser.add_argument("-n", "--num", type=at_least(int, 1), metavar="N",
-                        help="images (default: 10 per class for a picture, else 1000)")
+                        help="number of images (default: 1000 for X.npz; for a picture 10 per "
+                        "class, with --sweep 1)")
     parser.add_argument("--labels", help="classes to draw, by name or number, such as 0,3,7 "
-                        "(default: all)")
+                        "(default: all, or 10 in a picture if there are more than 20)")
     parser.add_argument("--out", metavar="FILE",
-                        help="X.png: a grid, a row per class; X.npz: images uint8 (N, H, W, C) "
-                        "and labels (default: samples.png, with --sweep sweep.png)")
+                        help="X.png: a picture with a row per class; X.npz: images, uint8 "
+                        "(N, H, W, C), and labels (default: samples.png, with --sweep sweep.png)")
     parser.add_argument("--sweep", metavar="FIELD=V1,V2",
                         help="a picture with a row per image and a column per value of a setting")
     parser.add_argument("--log-prob", action="store_true",
-                        help="X.npz: also log p(x) and its parts in nats, and X.png, a picture of "
-                        "the images with the lowest and the highest log-determinant")
+                        help="for X.npz: also save log p(x) and its parts in nats, and X.png, a "
+                        "picture of the images with the lowest and the highest log-determinant")
     parser.add_argument("--batch-size", type=at_least(int, 1), default=100, metavar="N",
-                        help="images at a time; does not change them (default: 100)")
+                        help="images at a time; does not change the images (default: 100)")
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
-                        help="image i depends on it and on i (default: 0)")
+                        help="seed; the noise of image i depends on it and on i alone (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group = parser.add_argument_group(f"sampling from {name} (default: as in the checkpoint)")
     add_fields(group, module.Sampling)
@@ -68,14 +69,14 @@ def parse(argv: list[str] | None):
     if not args.out.endswith((".png", ".npz")):
         raise UserError(f"--out: got {args.out}, expected a name that ends in .png or .npz")
     if args.sweep and not args.out.endswith(".png"):
-        raise UserError(f"--sweep: makes a picture, but --out is {args.out}; expected X.png")
+        raise UserError(f"--sweep: got --out {args.out}, expected X.png, as a sweep is a picture")
     if args.log_prob and (args.sweep or not args.out.endswith(".npz")):
-        raise UserError("--log-prob: expected --out X.npz, without --sweep")
+        raise UserError("--log-prob: got a picture (--sweep or --out X.png), expected --out X.npz")
     return args, module
 
 
 def chosen_classes(text: str, names: list[str] | None, num_classes: int) -> list[int]:
-    """--labels: class names or numbers, separated by commas; num_classes is the null class."""
+    """Reads --labels: names or numbers, separated by commas; num_classes is the null class."""
     classes = []
     for part in text.split(","):
         if names and part in names:
@@ -91,7 +92,7 @@ def chosen_classes(text: str, names: list[str] | None, num_classes: int) -> list
 
 
 def parse_sweep(text: str, options) -> dict[str, object]:
-    """"guidance=0,1" -> {"0": options with that guidance, "1": ...}."""
+    """Reads --sweep: "guidance=0,1" -> {"0": options with guidance 0, "1": ...}."""
     name, _, values = text.partition("=")
     name = name.replace("-", "_")
     kinds = value_types(type(options))
@@ -106,7 +107,7 @@ def parse_sweep(text: str, options) -> dict[str, object]:
             raise UserError(f"--sweep: got {value!r}, expected a value of type "
                             f"{kinds[name].__name__}") from None
         if name == "guidance" and number == 0:
-            number = 1e-6  # as good as 0, and with the same candidates as the other columns
+            number = 1e-6  # practically 0, but with the same candidates as the other columns
         columns[value] = dataclasses.replace(options, **{name: number})
     return columns
 
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     for choice in columns.values():
         check_options(choice, extra)
 
-    # The same labels in every process: classes in turn.
+    # The labels, all classes in turn, are the same in every process.
     names = extra.get("classes")
     num_classes = model.config.num_classes
     picture = out.suffix == ".png"
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
             num = len(classes) if args.sweep else 10 * len(classes)
     rows = default_labels(num, len(classes))
     if picture:
-        rows = rows.sort().values  # the images of a class stand side by side
+        rows = rows.sort().values  # puts the images of a class side by side
     labels = torch.tensor(classes)[rows]
     start = time.time()
     drawn = [draw(model, labels, choice, args, rank, device) for choice in columns.values()]
@@ -171,8 +172,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(model, labels: torch.Tensor, options, args, rank: int, device: torch.device):
-    """On rank 0: numbers (n,) of the finite images, the images (n, H, W, C) uint8, log_prob's
-    fields (n,) where asked for. Every process draws its share."""
+    """Draws the images, each process its share.
+
+    On rank 0 returns the numbers (n,) of the finite images, these images (n, H, W, C) uint8, and
+    with --log-prob the fields of log_prob, each (n,) in nats; None on the other processes.
+    """
     c = model.config
     mine = share(len(labels))
     progress = Progress("sampled", len(mine), quiet=rank > 0)
@@ -200,15 +204,18 @@ def draw(model, labels: torch.Tensor, options, args, rank: int, device: torch.de
 
 
 def placed(num: int, numbers: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """All `num` images in order; those that are missing, since they were not finite, are black."""
+    """All `num` images in order, black where a sample is missing because it was not finite."""
     tiles = np.zeros((num, *images.shape[1:]), np.uint8)
     tiles[numbers] = images
     return tiles
 
 
 def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10) -> Image.Image:
-    """The images (n, H, W, C) with the lowest and the highest log-det, under its value per
-    dimension; for a model without one, log p. The paper finds abnormal ones blurred (Fig. 8)."""
+    """A picture of the images (n, H, W, C) with the lowest and the highest log-determinant.
+
+    Above each is its value in nats per dimension. A model without a log-determinant is sorted by
+    log p. In the paper, images with an abnormal log-determinant look blurred (Fig. 8).
+    """
     values = log_p.get("logdet", log_p["total"]) / images[0].size
     order = np.argsort(values)
     parts = []

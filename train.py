@@ -1,11 +1,11 @@
-"""Train a model, go on with a run, distil a student, or measure held-out likelihood.
+"""Train a model, continue a run, distil a student, or measure the likelihood of held-out images.
 
-    python train.py                                 # built-in digits, minutes on a CPU: runs/tiny
+    python train.py                                 # digits, minutes on a CPU, into runs/tiny
     python train.py --preset cifar10 --out runs/cifar
-    python train.py --resume --out runs/cifar       # go on exactly where it stopped
-    python train.py --eval runs/cifar               # held-out likelihood
+    python train.py --resume --out runs/cifar       # continue exactly where it stopped
+    python train.py --eval runs/cifar               # likelihood of held-out images
     python train.py --distill runs/cifar            # one-step student, into runs/cifar-student
-    python train.py --model baselines.tarflow       # another model: the name of its file
+    python train.py --model baselines.tarflow       # another model, by the name of its file
     torchrun --nproc_per_node=8 train.py --preset farmer-1.1b-p16 --data imagenet/train
 """
 import argparse
@@ -32,6 +32,7 @@ from support.checkpoints import (
     first_preset,
     load_run,
     named_model,
+    named_preset,
     run_directory,
 )
 from support.cli import (
@@ -68,39 +69,40 @@ def setting(default, help: str, least: float = 0, below: float = math.inf, choic
 
 @dataclass(frozen=True)
 class Train:
-    """What decides a run's result besides the model's Config."""
+    """Settings of training: what determines a run's result besides the model's Config."""
 
     data: str = setting(
-        "digits", "digits, fashion-mnist, mnist, cifar10; a folder, .zip, .npz or idx files")
+        "digits", "digits, fashion-mnist, mnist or cifar10; or a folder, .zip, .npz or idx files")
     steps: int = setting(1000, "optimizer steps", least=1)
     batch_size: int = setting(64, "images per step, over all devices", least=1)
     lr: float = setting(1e-3, "peak learning rate")
-    lr_end: float = setting(0.01, "learning rate towards the end, as a fraction of the peak")
+    lr_end: float = setting(0.01, "learning rate at the end, as a fraction of the peak")
     warmup: int = setting(100, "steps of linear warm-up")
     optimizer: str = setting(
-        "adamw", "muon: for the layers' matrices, with adamw for the rest",
+        "adamw", "muon: Muon for the matrices of the layers, AdamW for the rest",
         choices=("adamw", "muon"))
-    weight_decay: float = setting(0.03, "on matrices only, tables of embeddings among them")
+    weight_decay: float = setting(0.03, "weight decay, on matrices only (embeddings included)")
     clip: float = setting(1.0, "gradient norm above which gradients are scaled down; 0 = off")
     noise: str = setting(
-        "gaussian", "added to the 8-bit pixels: gaussian, of a std that falls during training; "
-        "uniform, one level wide, which gives bits/dim; rgb, whole levels of gaussian noise that "
-        "fall likewise, and uniform; or none",
+        "gaussian", "noise added to the 8-bit pixels: gaussian, with a std that falls during "
+        "training; uniform, one level wide, for bits/dim; rgb, gaussian rounded to whole levels, "
+        "with a std that falls too, plus uniform; or none",
         choices=("gaussian", "uniform", "rgb", "none"))
     noise_start: float = setting(
-        0.1, "std of the noise at the first step, for pixels in [-1, 1]; of rgb, in 8-bit levels")
-    noise_end: float = setting(0.005, "std of the noise towards the last step")
+        0.1, "std of the noise at the first step, for pixels in [-1, 1]; for rgb in 8-bit levels")
+    noise_end: float = setting(0.005, "std of the noise at the end, in the same units")
     label_drop: float = setting(
-        0.1, "share of labels replaced by the null class, which guidance needs", below=1)
-    flip: bool = setting(True, "mirror half of the images")
-    enlarge: bool = setting(False, "enlarge images smaller than image_size instead of refusing")
-    holdout: int = setting(0, "images per class, the last by name, kept for --eval")
+        0.1, "fraction of labels replaced by the null class; guidance needs some", below=1)
+    flip: bool = setting(True, "mirror each image with probability 1/2")
+    enlarge: bool = setting(False, "enlarge images smaller than image_size (otherwise an error)")
+    holdout: int = setting(0, "images of each class, the last by name, to keep for --eval")
     ema: float = setting(
-        0.0, "decay of averaged weights (EMA), which are then kept and sampled from; 0 = off",
-        below=1)
+        0.0, "decay of the moving average of the weights (EMA), which is then saved and used; "
+        "0 = off", below=1)
     guard: float = setting(
-        10.0, "skip a step whose gradient norm is above this many running medians; 0 = off")
-    seed: int = setting(0, "of weights, data order, noise and label drops", below=2**63)
+        10.0, "skip a step whose gradient norm exceeds its running median by this factor; 0 = off")
+    seed: int = setting(
+        0, "seed of the weights, the data order, the noise and the dropped labels", below=2**63)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -110,14 +112,16 @@ class Train:
                 raise UserError(f"{f.name}: got {value!r}, expected one of "
                                 f"{', '.join(limits['choices'])}")
             if f.type in (int, float) and not limits["least"] <= value < limits["below"]:
-                raise UserError(f"{f.name}: got {value}, expected {limits['least']} to below "
-                                f"{limits['below']}")
+                expected = f"{limits['least']} or more"
+                if limits["below"] < math.inf:
+                    expected += f" and less than {limits['below']}"
+                raise UserError(f"{f.name}: got {value}, expected {expected}")
 
 
 def noise_at(train: Train, step: int) -> float | None:
     """Std of the dequantisation noise at a step: a cosine from noise_start to noise_end (3.2)."""
     if train.noise in ("uniform", "none"):
-        return None  # these have no std
+        return None  # these kinds have no std to set
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
     return train.noise_end + (train.noise_start - train.noise_end) * cosine
 
@@ -125,7 +129,7 @@ def noise_at(train: Train, step: int) -> float | None:
 def lr_at(train: Train, step: int) -> float:
     """Learning rate at a step: linear warm-up times a cosine from lr to lr * lr_end.
 
-    The cosine runs over all steps, those of the warm-up included.
+    The cosine runs over all steps, including the warm-up.
     """
     warm = min(1.0, (step + 1) / max(1, train.warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * step / train.steps))
@@ -134,7 +138,10 @@ def lr_at(train: Train, step: int) -> float:
 
 def drop_labels(labels: torch.Tensor, numbers: torch.Tensor, train: Train,
                 null: int) -> torch.Tensor:
-    """labels (b,) of which a share becomes the null class, decided by (seed, number) alone."""
+    """Replaces a fraction of the labels (b,) by the null class.
+
+    The seed and the number of an image alone decide whether its label is dropped.
+    """
     random = [np.random.default_rng([train.seed, int(n), 2]).random() for n in numbers]
     return labels.masked_fill(torch.tensor(random) < train.label_drop, null)
 
@@ -142,20 +149,17 @@ def drop_labels(labels: torch.Tensor, numbers: torch.Tensor, train: Train,
 # ----------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None, name: str, module):
     first = first_preset(module)
-    shown = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    shown.add_argument("--preset", default=first)
-    shown = shown.parse_known_args(argv)[0].preset  # whose values --help names as defaults
-    if shown not in module.PRESETS:
-        shown = first
+    shown = named_preset(argv, module)  # --help shows its values as defaults
     parser = Parser(prog="train.py", description=__doc__, usage="python train.py [options]")
     parser.add_argument("--model", default=name, metavar="NAME",
-                        help="the model's file (default: farmer)")
+                        help="name of the model's file (default: farmer)")
     parser.add_argument("--preset", choices=module.PRESETS, metavar="NAME",
                         help=f"model and training settings: {', '.join(module.PRESETS)} "
                         f"(default: {first})")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from OUT/ckpt.pt; only data (moved), steps, seed may change")
+                        help="continue from OUT/ckpt.pt; only --steps, --seed and, if the data "
+                        "has moved, --data may change")
 
     other = parser.add_argument_group("other tasks")
     other.add_argument("--eval", metavar="DIR_OR_CKPT",
@@ -163,7 +167,7 @@ def parse(argv: list[str] | None, name: str, module):
     other.add_argument("--distill", metavar="DIR_OR_CKPT",
                        help="train the one-step student of a trained model")
 
-    # One flag for each setting; it reads None where it is not given.
+    # One flag for each setting; its value is None if it is not given.
     group = parser.add_argument_group(f"training (defaults of the preset {shown})")
     add_fields(group, Train, preset_settings(module, shown))
     group = parser.add_argument_group(f"model (defaults of the preset {shown})")
@@ -172,21 +176,21 @@ def parse(argv: list[str] | None, name: str, module):
     how = parser.add_argument_group("how it runs (changes results by rounding at most)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     how.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                     help="of matrix products; auto = bfloat16 where this machine is fast in it")
+                     help="precision of matrix products; auto = bfloat16 if it is fast here")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                     help="compile the layers, which takes a minute (default: on a GPU)")
+                     help="compile the layers, which takes a minute (default: only on a GPU)")
     how.add_argument("--workers", type=at_least(int, 0), default=2, metavar="N",
                      help="processes that decode images, per device (default: 2)")
     how.add_argument("--micro-batch", type=at_least(int, 1), metavar="N",
-                     help="images per device and pass; gradients add up to batch_size")
+                     help="images per device and pass; gradients are accumulated over batch_size")
     how.add_argument("--checkpointing", action="store_true",
                      help="recompute activations instead of keeping them: less memory, slower")
     for flag, least, default, text in (
-        ("--log-every", 1, 50, "steps between two lines of the log"),
-        ("--save-every", 1, 500, "steps between two saves"),
-        ("--sample-every", 0, 500, "steps between two samples.png; 0 = only at the end"),
-        ("--val-every", 0, 500, "steps between likelihoods of held-out images; 0 = at the end"),
-        ("--keep", 0, 0, "keep the last N checkpoints as ckpt-STEP.pt too"),
+        ("--log-every", 1, 50, "steps between lines of the log"),
+        ("--save-every", 1, 500, "steps between checkpoints"),
+        ("--sample-every", 0, 500, "steps between updates of samples.png; 0 = only at the end"),
+        ("--val-every", 0, 500, "steps between held-out likelihoods; 0 = only at the end"),
+        ("--keep", 0, 0, "also keep the last N checkpoints, as ckpt-STEP.pt"),
     ):
         how.add_argument(flag, type=at_least(int, least), default=default, metavar="N",
                          help=f"{text} (default: {default})")
@@ -194,7 +198,7 @@ def parse(argv: list[str] | None, name: str, module):
                      help="also write TensorBoard events (needs tensorboard)")
     args = parser.parse_args(argv)
     if args.eval is not None and args.distill is not None:
-        raise UserError("--eval, --distill: got both, expected one")
+        raise UserError("--eval, --distill: got both, expected only one of them")
     return args
 
 
@@ -205,21 +209,21 @@ def preset_settings(module, preset: str) -> Train:
 # ----------------------------------------------------------------------------- how a run begins
 @dataclass
 class Start:
-    """What a run begins with."""
+    """What a run begins with, whether it is new, resumed or a distillation."""
 
-    config: object  # of the model
+    config: object  # the model's Config
     train: Train
     state: RunState
-    model: torch.nn.Module | None = None  # None: to be built
+    model: torch.nn.Module | None = None  # None: still to be built
 
 
 def fresh(args, module, device: torch.device) -> Start:
-    """A new run: the preset's values, and over them the flags'."""
+    """A new run: the preset's settings, overridden by the flags."""
     preset = args.preset or first_preset(module)
     config = dataclasses.replace(module.PRESETS[preset], **given(args, module.Config))
     train = dataclasses.replace(preset_settings(module, preset), **given(args, Train))
     if getattr(config.sampling, "denoise", 0):
-        # Denoising takes off the noise that training ends with, so it follows --noise-end.
+        # Denoising removes the noise that training ends with, so it follows --noise-end.
         sigma = train.noise_end if train.noise == "gaussian" else 0.0
         sampling = dataclasses.replace(config.sampling, denoise=sigma)
         config = dataclasses.replace(config, sampling=sampling)
@@ -228,13 +232,14 @@ def fresh(args, module, device: torch.device) -> Start:
 
 
 def distilled(args, module, device: torch.device) -> Start:
-    """A student's run: the teacher's settings, a fifth of its steps, and its last noise."""
+    """A student's run: the teacher's settings, but a fifth of its steps and only its last noise."""
     model, teacher = load_run(args.distill, device)
     if not hasattr(model, "distiller"):
-        raise UserError(f"--distill: {model.model_name} has no student")
+        raise UserError(f"--distill: {model.model_name} has no student; expected a run of farmer "
+                        "or of a variant of it")
     if given(args, module.Config):
         raise UserError(f"--distill: got {', '.join(given(args, module.Config))}, but a student "
-                        "has its teacher's config; leave the model's flags out")
+                        "keeps its teacher's config; leave the model's flags out")
     if teacher.distill:
         raise UserError(f"--distill: {args.distill} has a student already; pass the run that it "
                         "was distilled from")
@@ -249,7 +254,7 @@ def distilled(args, module, device: torch.device) -> Start:
 
 
 def resumed(args, module, device: torch.device, out: Path) -> Start:
-    """The run in `out` as it was. Only the place of the data, steps and seed may change."""
+    """The run in `out`, as it was saved. Only the data's path, steps and seed may change."""
     model, state = load_run(out, device)
     train = Train(**state.training)
     asked = given(args, Train) | given(args, module.Config)
@@ -261,7 +266,8 @@ def resumed(args, module, device: torch.device, out: Path) -> Start:
     for name, value in asked.items():
         if value != have[name] and name not in ("data", "steps", "seed"):
             raise UserError(f"--resume: {name} is {have[name]} in {out / 'ckpt.pt'}, but {value} "
-                            "was asked for; leave the flag out, or start another --out")
+                            "was asked for; leave the flag out, or start a new run with "
+                            "another --out")
     for name in ("steps", "seed"):
         if name in asked and asked[name] != have[name]:
             warn(f"{name} was {have[name]} and is {asked[name]} from step {state.step} on")
@@ -272,7 +278,7 @@ def resumed(args, module, device: torch.device, out: Path) -> Start:
 
 
 def output_directory(args, name: str, module) -> Path:
-    """--out, else runs/PRESET (other models: runs/MODEL-PRESET), or the teacher's and -student."""
+    """--out, or by default runs/PRESET, runs/MODEL-PRESET, or the teacher's folder and -student."""
     if args.out is not None:
         return expanded(args.out)
     if args.distill is not None:
@@ -303,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and not resuming:
         warn(f"{out} holds no ckpt.pt yet: starting at step 0")
     if start.state.step >= start.train.steps:
-        print(f"{out}: finished at step {start.state.step}; pass --steps M to go on")
+        print(f"{out}: finished at step {start.state.step}; to continue, pass a larger --steps")
         return
     with run_directory(out, resuming):
         train_model(args, name, module, device, start, out)
@@ -311,7 +317,10 @@ def main(argv: list[str] | None = None) -> None:
 
 # ----------------------------------------------------------------------------- training
 def train_model(args, name: str, module, device: torch.device, start: Start, out: Path) -> None:
-    """Everything random in step s depends on (seed, s): a resumed run is the same run."""
+    """Trains from `start` to the last step, saving into `out`.
+
+    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
+    """
     state = start.state
     model = start.model
     c = start.config
@@ -326,18 +335,18 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
         own=getattr(module, "open_images", None))
     if state.step and split.digest != state.digest:
         raise UserError("--resume: these are not the images that the run began with; pass the "
-                        "right --data, or start another --out")
+                        "right --data, or start a new run with another --out")
     state.digest = split.digest
     state.classes = split.classes
     rank, world = join(device)
     micro_batch = args.micro_batch or max(1, train.batch_size // world)
     if train.batch_size % (world * micro_batch):
         raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
-                        f"processes x micro-batch {micro_batch}")
+                        f"(processes) x micro-batch {micro_batch}; change one of these")
     passes = train.batch_size // (world * micro_batch)
 
-    # Model: `net` has the loss and is trained, the model itself or its student; `ddp` is `net`
-    # over all processes.
+    # Model. `net` computes the loss and is trained: the model itself, or the distiller of its
+    # student. `ddp` is `net` over all processes.
     if model is None:
         config = dataclasses.replace(c, num_classes=split.num_classes)
         model = new_model(name, config, split.train, train, device)
@@ -353,9 +362,9 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
     ema = EMA(params, train.ema) if train.ema else None
     checkpoint = Checkpoint(out, model, opts, ema, state, args.keep, rank)
     if state.step == 0:
-        checkpoint.save()  # what diverges before the first save can be looked at
+        checkpoint.save()  # a run that diverges early leaves something to look at
     else:
-        checkpoint.restore()  # of the optimizers and averages; load_run has the model
+        checkpoint.restore()  # optimizers and averages; load_run has read the model
     log = Log(out, state.step, train.steps, rank, args.tensorboard)
     order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
     source = batches(
@@ -388,7 +397,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
                 pixels = images[part].to(device, non_blocking=True)
                 x = dequantize(pixels, train.noise, sigma, image_generators(train.seed, n, device))
                 y = drop_labels(labels[part], n, train, null).to(device, non_blocking=True)
-                generators = image_generators(train.seed + 1, n, device)  # apart from the noise's
+                generators = image_generators(train.seed + 1, n, device)  # not those of the noise
                 with training_precision(device, state.precision):
                     with accumulating(ddp, more=i + 1 < passes):
                         terms = ddp(x, y, generators)
@@ -401,8 +410,9 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
             loss = float(mean_over_processes(loss))
             if not math.isfinite(loss):
                 raise Diverged(f"step {state.step}: the loss is not finite ({loss}); "
-                               f"{checkpoint.file} holds step {checkpoint.saved}: --resume from "
-                               "it with a new --seed, or start again with a lower --lr")
+                               f"{checkpoint.file} still holds step {checkpoint.saved}: continue "
+                               "from it with --resume and a new --seed, or start again with a "
+                               "lower --lr")
             norm = float(torch.nn.utils.clip_grad_norm_(params, train.clip or math.inf))
 
             # 3. The update, unless the gradient is an outlier.
@@ -420,10 +430,10 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
                 state.skipped += 1
                 state.outliers += 1
                 if state.outliers == 20:
-                    raise Diverged(f"step {state.step}: 20 steps in a row were skipped, their "
-                                   f"gradient norms (now {norm:.3g}) being not finite or above "
-                                   f"the limit of {limit:.3g}: start again with a lower --lr, or "
-                                   "with --guard 0")
+                    raise Diverged(f"step {state.step}: 20 steps in a row were skipped, because "
+                                   f"their gradient norms (now {norm:.3g}) were not finite or "
+                                   f"above the limit of {limit:.3g}; start again with a lower "
+                                   "--lr, or with --guard 0")
             for opt in opts:
                 opt.zero_grad()
             state.step += 1
@@ -447,7 +457,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
     leave()
     if stop.number:
         if rank == 0:
-            print(f"stopped at step {state.step}, saved; go on with: python train.py --resume "
+            print(f"stopped at step {state.step}, saved; continue with: python train.py --resume "
                   f"--out {out}", file=sys.stderr)
         sys.exit(128 + stop.number)
     if rank == 0:
@@ -455,7 +465,7 @@ def train_model(args, name: str, module, device: torch.device, start: Start, out
 
 
 def absolute(data: str) -> str:
-    """The place of the data as an absolute path, so that a run resumes from any folder."""
+    """The path of the data made absolute, so that a run can be resumed from any folder."""
     if data.partition(":")[0] in ("digits", *KNOWN):
         return data
     path = expanded(data)
@@ -463,7 +473,7 @@ def absolute(data: str) -> str:
 
 
 def new_model(name: str, config, dataset, train: Train, device: torch.device) -> torch.nn.Module:
-    """A model from the seed, fitted to up to 4,000 training images with the first noise."""
+    """A new model from the seed; its fit() sees up to 4,000 images with the noise of step 0."""
     torch.manual_seed(train.seed)
     model = build(name, config)
     if hasattr(model, "fit"):
@@ -476,10 +486,10 @@ def new_model(name: str, config, dataset, train: Train, device: torch.device) ->
 
 def validate_and_draw(model, split, train: Train, state: RunState, ema: EMA | None, log: Log,
                       out: Path, draw: bool, validate: bool) -> None:
-    """Held-out likelihood and samples.png, with averaged weights where they are kept.
+    """Logs the held-out likelihood and draws samples.png, with the averaged weights if --ema is on.
 
-    All processes share the work. The likelihood is of up to 500 held-out images with the last
-    noise, so it falls below the training loss while the noise is still higher.
+    All processes share the work. The likelihood is of up to 500 held-out images with the noise of
+    the end of training, so it lies below the training loss as long as training uses more noise.
     """
     model.eval()
     likelihood = hasattr(model, "log_prob") and train.noise != "none" and not state.distill
@@ -495,12 +505,12 @@ def validate_and_draw(model, split, train: Train, state: RunState, ema: EMA | No
 
 # ----------------------------------------------------------------------------- evaluation
 def evaluate_run(args, module, device: torch.device) -> None:
-    """--eval: likelihood of what the run held out, or of the test split; or of other data."""
+    """--eval: prints the likelihood of the run's held-out images, its test split, or other data."""
     free = ("data", "enlarge", "holdout", "noise", "noise_end")
     fixed = [*given(args, module.Config), *(set(given(args, Train)) - set(free))]
     if fixed or args.preset:
         raise UserError(f"--eval: got {', '.join(sorted(fixed)) or 'preset'}; only "
-                        f"{', '.join(free)} can be chosen, all else is as in its checkpoint")
+                        f"{', '.join(free)} may be set; the checkpoint determines the rest")
     model, state = load_run(args.eval, device)
     train = dataclasses.replace(Train(**state.training), **given(args, Train))
 
@@ -512,7 +522,7 @@ def evaluate_run(args, module, device: torch.device) -> None:
 
     holdout = train.holdout
     if args.data is not None and args.holdout is None:
-        if split_of(0).digest != state.digest:  # other images than those of the run
+        if split_of(0).digest != state.digest:  # these are not the images of the run
             holdout = 0
     split = split_of(holdout)
     dataset = split.train if split.held_out is None else split.held_out
@@ -523,8 +533,8 @@ def evaluate_run(args, module, device: torch.device) -> None:
     leave()
     if rank == 0:
         if split.held_out is None and split.digest == state.digest:
-            warn("the run held nothing out (--holdout), so this is the likelihood of its training "
-                 "images")
+            warn("the run held out no images (--holdout), so this is the likelihood of its "
+                 "training images")
         print(json.dumps(result, indent=1))
 
 

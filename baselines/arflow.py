@@ -6,20 +6,20 @@
 
 x_t = t x + (1 - t) eps goes from noise (t = 0) to an image (t = 1); a Transformer predicts its
 velocity x - eps. ARFlow trains on items: S images of one class with times t_1 <= ... <= t_S. Each
-image attends to itself by softmax and to the images before it, which have more noise, by linear
-attention with a state M of constant size. Sampling makes one image: its earlier steps take the
-place of the images before it, and M is carried from step to step.
+image attends to itself by softmax attention and to the images before it, which have more noise, by
+linear attention with a state M of constant size. Sampling makes one image: its earlier steps take
+the place of the images before it, and M is carried from step to step.
 
-    I  items of a batch     d  C p^2, numbers of a token    h  hidden features (I, S, N, W)
+    I  items of a batch     d  C p^2, values of a token     h  hidden features (I, S, N, W)
     S  images of an item    W  Transformer width            c  time and class (I, S, W)
     N  tokens of an image   H  attention heads, W / e       M  state (I, H, e, e)
     C  channels             e  head size                    a  log of a token's decay (I, S, H, N)
 
-It differs from the papers in this: pixels instead of an autoencoder's latents; all channels are
-guided (theirs: 3 of 4); the norm of the gradient is clipped, not its values, and steps with an
-outlier gradient are left out; the average of the weights starts with a short memory; the Euler
-sampler of the ODE is ours; an epoch visits every image once, instead of drawing classes with equal
-probability. SiT's authors train with Adam's betas (.9, .999), our loop has (.9, .95) for all.
+What differs from the papers: pixels instead of an autoencoder's latents; all channels are guided
+(theirs: 3 of 4); the norm of the gradient is clipped, not its values, and steps with an outlier
+gradient are skipped; the average of the weights starts with a short memory; the Euler sampler of
+the ODE is ours; an epoch visits every image once, instead of drawing classes with equal
+probability. SiT's authors train with Adam's betas (.9, .999); our loop uses (.9, .95) throughout.
 """
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ from farmer import (
     unpatchify,
 )
 
-EPS = 1e-6  # of every norm
+EPS = 1e-6  # the epsilon of every norm
 LAST_STEP = 0.04  # the SDE's score is singular at t = 1, so its last step, from 0.96, has no noise
 DECAY = 16  # divides the log of the decay, so that M starts as a memory of about 24 images
 
@@ -52,14 +52,14 @@ State = list[Tensor | None]  # M of every layer; None on single images
 # ----------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. ARFlow's authors use sampler sde, steps 250, guidance 0.5 (their 1.5)."""
+    """How to sample. ARFlow's authors use sampler sde, steps 250, guidance 0.5 (they write 1.5)."""
 
     guidance: float = setting(
-        0.0, "w of (1 + w) conditional - w unconditional velocity; 0 = off", 0)
+        0.0, "w: the velocity is (1 + w) conditional - w unconditional; 0 = off", 0)
     sampler: str = setting(
         "ode", "Euler steps of the ODE or Euler-Maruyama steps of the SDE", choices=("ode", "sde"))
-    steps: int = setting(50, "network calls for an image; guided, each is a doubled batch", 2)
-    carry_state: bool = setting(True, "give each step the state of those before it")
+    steps: int = setting(50, "network calls per image; with guidance on a doubled batch", 2)
+    carry_state: bool = setting(True, "pass the state from each step to the next")
 
     def __post_init__(self):
         check_settings(self)
@@ -73,9 +73,9 @@ class Config:
     channels: int = setting(3, "1 (grey) or 3 (RGB); the papers' latents have 4", 1)
     patch_size: int = setting(4, "p; a token is a patch of p x p pixels", 1)
     num_classes: int = setting(10, "0 = unconditional; label num_classes is the null class", 0)
-    attention: str = setting("arflow", "which model's attention", choices=("arflow", "sit"))
-    images_per_item: int = setting(5, "S, images of one class in a row; 1 = no state", 1)
-    item_drop: float = setting(0.1, "share of the items trained with the null class", 0)
+    attention: str = setting("arflow", "ARFlow's attention or SiT's", choices=("arflow", "sit"))
+    images_per_item: int = setting(5, "S, images of one class in an item; 1 = no state", 1)
+    item_drop: float = setting(0.1, "fraction of items trained with the null class", 0)
     layers: int = setting(6, "Transformer layers", 1)
     width: int = setting(128, "W, Transformer width, a multiple of 4", 4)
     head_dim: int = setting(32, "e, channels of an attention head; divides the width", 1)
@@ -102,17 +102,17 @@ class Config:
 def epoch_order(labels: Tensor, generator: torch.Generator, S: int = 5) -> Tensor:
     """The order of an epoch in items: S images of one class in a row, all different.
 
-    labels (n,) int64 -> the places (m,) int64 of the images, m the same in every epoch. Every image
-    comes once, but where S does not divide a class, some of its images come twice to fill up the
-    last item. With S = 1 this is a random permutation.
+    labels (n,) int64 -> the places (m,) int64 of the images, with the same m in every epoch. Every
+    image comes once; but where S does not divide the size of a class, some of its images come twice
+    to fill the last item. With S = 1 this is a random permutation.
     """
     items = []
     for label in labels.unique().tolist():
         places = (labels == label).nonzero().flatten()
         n = len(places)
         if n < S:
-            raise ValueError(f"class {label}: got {n} images to train on, expected at least {S}, "
-                             "which an item has; add images or lower --images-per-item")
+            raise ValueError(f"class {label}: got {n} images to train on, expected at least {S} "
+                             "for an item; add images or lower --images-per-item")
         places = places[torch.randperm(n, generator=generator)]
         places = torch.cat([places, places[:-n % S]])
         items.append(places.view(-1, S))
@@ -122,7 +122,7 @@ def epoch_order(labels: Tensor, generator: torch.Generator, S: int = 5) -> Tenso
 
 # ----------------------------------------------------------------------------- functions
 def rms_norm(x: Tensor) -> Tensor:
-    """x over the root of the mean square of its last axis."""
+    """x divided by the root mean square of its last axis."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -153,7 +153,7 @@ def within_images(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def across_images(q: Tensor, k: Tensor, v: Tensor, a: Tensor,
                   M: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Linear attention to the images before: q, k, v (I, S, H, N, e), a (I, S, H, N).
+    """Linear attention to the earlier images: q, k, v (I, S, H, N, e), a (I, S, H, N).
 
     Token n of image s reads exp(a_1 + ... + a_n) q_n M_s / sqrt(e), and
     M_{s+1} = exp(mean_n a_n) M_s + sum_n k_n v_n^T. M is None before the first image.
@@ -191,8 +191,8 @@ def positions(side: int, W: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- samplers
-# velocity(x, t, state) -> v, state: one call of the network at time t, a number. The state goes
-# from call to call; it is None at first.
+# velocity(x, t, state) -> v, state: one call of the network at time t, a number. The state is
+# passed from call to call; it is None at first.
 Velocity = Callable[[Tensor, float, State | None], tuple[Tensor, State | None]]
 
 
@@ -209,8 +209,8 @@ def euler_maruyama(velocity: Velocity, x: Tensor, steps: int,
                    generators: Generators = None) -> Tensor:
     """The SDE with the same marginals, diffusion 1 - t and score (t v - x) / (1 - t).
 
-    dx = [(1 + t) v - x] dt + sqrt(2 (1 - t)) dW in steps - 1 equal steps to t = 0.96, then one
-    without the noise: noise x (B, ...) -> images.
+    dx = [(1 + t) v - x] dt + sqrt(2 (1 - t)) dW in `steps` - 1 equal steps to t = 0.96, then one
+    step without the noise: noise x (B, ...) -> images.
     """
     state = None
     dt = (1 - LAST_STEP) / (steps - 1)
@@ -226,7 +226,7 @@ def euler_maruyama(velocity: Velocity, x: Tensor, steps: int,
 
 # ----------------------------------------------------------------------------- Transformer
 class ARFlowAttention(nn.Module):
-    """Softmax attention in an image plus, on items, linear attention to the images before it."""
+    """Softmax attention in an image plus, for items, linear attention to the images before it."""
 
     def __init__(self, W: int, head_dim: int, with_state: bool):
         super().__init__()
@@ -237,7 +237,7 @@ class ARFlowAttention(nn.Module):
         self.gate = nn.Linear(W, W, bias=False)
         self.out = nn.Linear(W, W, bias=False)
         self.decay = None
-        if with_state:  # nothing would depend on it otherwise
+        if with_state:  # without a state, nothing would depend on it
             self.decay = nn.Linear(W, W // head_dim, bias=False)
 
     def forward(self, x: Tensor, c: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -331,11 +331,10 @@ class Model(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor,
                  state: State | None = None) -> tuple[Tensor, State]:
-        """v(x, t, y) of images that follow one another: x (I, S, C, height, width), t and labels
-        (I, S).
+        """The velocity v(x, t, y) of images that follow one another, and the state after them.
 
-        state is what this returned after the images before these, None at the start of an item.
-        Returns v, of x's shape, and the state after these images.
+        x (I, S, C, height, width), t and labels (I, S) -> v of x's shape. `state` is the one after
+        the images before these, None at the start of an item.
         """
         p = self.config.patch_size
         if self.config.num_classes == 0:
@@ -423,7 +422,7 @@ _arflow = dict(
     noise="none", label_drop=0.0, ema=0.9999, lr=1e-4, lr_end=1.0, warmup=0, weight_decay=0.02,
     clip=3.0, batch_size=40, data="imagenet/train", enlarge=True, steps=400_000)
 _sit = dict(_arflow, weight_decay=0.0, clip=0.0, batch_size=256)
-# 256 tokens, as the papers' latents of 256 x 256 images have.
+# 256 tokens, as many as the latents of 256 x 256 images have in the papers.
 _paper = dict(
     image_size=32, patch_size=2, num_classes=1000, head_dim=64,
     sampling=Sampling(guidance=0.5, sampler="sde", steps=250))

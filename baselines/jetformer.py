@@ -4,16 +4,16 @@
     python train.py --model baselines.jetformer --preset table4   # Jet under FARMER's own prior
 
 Written from public facts about both papers and their released configurations; where these differ,
-as the code does it. FARMER followed JetFormer, so that the frame is farmer.py's: patches, flow,
-Z = [Z_I, Z_R], an AR Transformer with a mixture head. This file holds what FARMER changed: coupling
-layers, N(0, I) for Z_R, a Transformer with one key-value head, class tokens from M tables, noise on
-Z_I in training. Guidance is farmer.py's rejection sampling or its closed form.
+it follows the code. FARMER builds on JetFormer, so the frame is that of farmer.py: patches, flow,
+Z = [Z_I, Z_R], an AR Transformer with a mixture head. This file holds the parts that FARMER
+replaced: coupling layers, N(0, I) for Z_R, a Transformer with one key-value head, class tokens from
+M tables, noise on Z_I in training. Guidance is farmer.py's rejection sampling or its closed form.
 
 The letters are farmer.py's. b and s are shift and raw scale of a coupling, x1 and x2 its halves.
 
-It differs from the papers in this: the small presets have FARMER's `whiten`, our learning rates and
-optimizers, and leave out steps with an outlier gradient (their noise ends at 0, as in the paper);
-pixels are x/128 - 1; rejection uses the maximum of its target, not that on a grid.
+What differs from the papers: the small presets use FARMER's `whiten` and our learning rates and
+optimizers, and skip steps with an outlier gradient (their noise ends at 0, as in the paper); pixels
+are x/128 - 1; rejection uses the exact maximum of its target, not the maximum on a grid.
 """
 import math
 from dataclasses import dataclass
@@ -40,33 +40,35 @@ from farmer import (
 # ----------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class Sampling(farmer.Sampling):
-    """FARMER's settings. An inverse takes one pass for each coupling, so that none is learned."""
+    """FARMER's settings, but without a student: the inverse takes only one pass per coupling."""
 
     guidance_method: str = setting(
-        "reject", "rejection sampling, the Gaussian that it aims at, or FARMER's resampling",
+        "reject", "rejection sampling, its target in closed form, or FARMER's resampling",
         choices=("reject", "closed", "resample"))
-    inverse: str = setting("auto", "inverse of the flow", choices=("auto", "exact"))
+    inverse: str = setting("auto", "how to invert the flow", choices=("auto", "exact"))
 
 
 @dataclass(frozen=True)
 class Config(farmer.Config):
-    """FARMER's fields, with couplings for flow_blocks, and JetFormer's own."""
+    """FARMER's fields, where flow_blocks counts the couplings, and JetFormer's own."""
 
     redundant_prior: str = setting(
-        "gaussian", "N(0, I), or FARMER's mixture", choices=("gaussian", "mixture"))
-    final_flip: bool = setting(False, "the AR reads the tokens in reverse")
+        "gaussian", "prior of the redundant parts: N(0, I), or FARMER's mixture",
+        choices=("gaussian", "mixture"))
+    final_flip: bool = setting(False, "reverse the tokens before the AR reads them")
     prior: str = setting(
-        "jetformer", "of the latents; farmer: Jet under FARMER's", choices=("jetformer", "farmer"))
-    ar_head_dim: int = setting(64, "channels of an attention head of JetFormer's prior", 2)
+        "jetformer", "prior of the latents, JetFormer's or FARMER's",
+        choices=("jetformer", "farmer"))
+    ar_head_dim: int = setting(64, "channels of an attention head in JetFormer's prior", 2)
     latent_noise: float = setting(0.3, "largest std of the noise on Z_I in training", 0)
-    dropout: float = setting(0.1, "share of an AR layer's outputs set to 0 in training", 0)
+    dropout: float = setting(0.1, "fraction of an AR layer's outputs set to 0 in training", 0)
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
         super().__post_init__()
         if self.token_dim % 2:
-            raise ValueError(f"patch_size: got {self.patch_size}, expected an even one, as "
-                             "couplings halve the channels")
+            raise ValueError(f"patch_size: got {self.patch_size}, expected an even number, as "
+                             "couplings halve the channels of a token")
         unread = ("ar_head_dim", "latent_noise", "dropout")
         if self.prior == "jetformer":
             unread = ("redundant_mixtures", "redundant_prior")
@@ -78,7 +80,7 @@ class Config(farmer.Config):
         for name in unread:
             value = getattr(self, name)
             if value != getattr(Config, name):
-                raise ValueError(f"{name}: got {value!r}, but prior {self.prior} does not read it; "
+                raise ValueError(f"{name}: got {value!r}, but prior {self.prior} does not use it; "
                                  "leave it out")
 
 
@@ -108,10 +110,10 @@ class JetLayer(farmer.Layer):
 
 
 class Coupling(nn.Module):
-    """A Transformer reads one half of the channels and moves the other.
+    """A Transformer reads one half of the channels to shift and scale the other.
 
-    y1 = x1, y2 = (x2 + b) 2 sigmoid(s). Which half is x1 is drawn once for each coupling. Labels
-    are not used, and there is no order of tokens to flip.
+    y1 = x1, y2 = (x2 + b) 2 sigmoid(s). Which channels form x1 is drawn once for each coupling.
+    Labels are not used, and there is no order of tokens to flip.
     """
 
     def __init__(self, config: Config, flip: bool):
@@ -130,11 +132,11 @@ class Coupling(nn.Module):
             nn.init.zeros_(zero)  # the flow starts as the identity
 
     def b_s(self, x1: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and raw scale, each (B, N, d/2), for both directions."""
+        """Shift and raw scale, each (B, N, d/2), from x1 (B, N, d/2); for both directions."""
         h = self.embed(x1) + self.pos
         for layer in self.layers:
             h = layer(h)
-        with full_precision(h):  # in bf16 the round trip would be off by 0.025
+        with full_precision(h):  # in bf16, the inverse would be off by 0.025
             return self.to_b_s(self.norm(h.to(x1.dtype))).chunk(2, -1)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +163,7 @@ class Jet(farmer.Flow):
 
 # ----------------------------------------------------------------------------- the AR prior
 def rotate(x: Tensor, at: Tensor) -> Tensor:
-    """Rotary positions over the whole head, in pairs (j, j + half).
+    """Applies rotary position embeddings to the whole head, in pairs (j, j + half).
 
     x (B, heads, T, head_dim) at positions `at` (T,) -> the same shape.
     """
@@ -177,7 +179,7 @@ def rotate(x: Tensor, at: Tensor) -> Tensor:
 class ARLayer(farmer.Layer):
     """Gemma's layer: RMSNorm, attention with one key-value head, a gated MLP, no biases.
 
-    Nothing of FARMER's layer is left but the class, by which `Farmer.layers` finds it.
+    It inherits from FARMER's layer only so that `Farmer.layers` finds it.
     """
 
     def __init__(self, W: int, head_dim: int):
@@ -195,8 +197,8 @@ class ARLayer(farmer.Layer):
                 keep: Tensor | None = None) -> Tensor:
         """h (B, T, W) at positions `at` (T,) -> (B, T, W).
 
-        With a cache, h follows the tokens in it: one, or all at first. keep (B, 2, T, W) multiplies
-        what attention and MLP write: dropout.
+        With a cache, the first call passes the whole prefix and each later call one token. keep
+        (B, 2, T, W), the mask of dropout, multiplies the outputs of attention and MLP.
         """
         B, T, W = h.shape
         x = self.norm_attention(h)
@@ -217,7 +219,7 @@ class ARLayer(farmer.Layer):
 
 
 class ARTransformer(farmer.Transformer):
-    """Gemma's layers and a last norm."""
+    """Gemma's layers and a final norm."""
 
     layer = ARLayer
 
@@ -227,7 +229,7 @@ class ARTransformer(farmer.Transformer):
 
     def forward(self, h: Tensor, cache: list[KVCache] | None = None,
                 keep: Tensor | None = None) -> Tensor:
-        """h (B, T, W) -> (B, T, W). keep (B, layers, 2, T, W): dropout."""
+        """h (B, T, W) -> (B, T, W). keep (B, layers, 2, T, W): the mask of dropout, if any."""
         past = 0 if cache is None else cache[0].length
         at = torch.arange(past, past + h.shape[1], device=h.device)
         for i, layer in enumerate(self.layers):
@@ -242,7 +244,7 @@ class Head(farmer.MixtureHead):
     def __init__(self, W: int, K: int, d: int):
         super().__init__(W, K, d)
         nn.init.zeros_(self.linear.weight)
-        nn.init.normal_(self.linear.bias[K:K + K * d], std=0.02)  # equal ones would stay equal
+        nn.init.normal_(self.linear.bias[K:K + K * d], std=0.02)  # equal means would stay equal
 
     def forward(self, h: Tensor) -> GMM:
         K = self.K
@@ -257,8 +259,8 @@ class Head(farmer.MixtureHead):
 class Prior(farmer.Prior):
     """P(Z_I|c) by a Transformer over [BOS, y_1 ... y_m, BOI, Z_1 ... Z_{N-1}], and N(0, I) for Z_R.
 
-    y_r is the label in the r-th of m tables. The output at BOI is the mixture of Z_1, that at Z_i
-    the mixture of Z_{i+1}. Sampling is FARMER's.
+    y_r is the label's embedding in the r-th of m tables. The output at BOI gives the mixture of
+    Z_1, that at Z_i the mixture of Z_{i+1}. Sampling is FARMER's.
     """
 
     def __init__(self, config: Config):
@@ -270,7 +272,7 @@ class Prior(farmer.Prior):
         self.M = config.class_tokens + 2  # BOS, the class tokens, BOI
         self.d_I = config.informative_dim
         self.d_R = config.redundant_dim
-        self.redundant = None  # which stands for N(0, I)
+        self.redundant = None  # None stands for N(0, I)
         self.dropout = config.dropout
         self.rows = config.num_classes + 3  # of a table: the classes, the null class, BOS, BOI
         self.class_pos = nn.Parameter(torch.randn(config.class_tokens * self.rows, W))
@@ -285,20 +287,20 @@ class Prior(farmer.Prior):
     def class_tokens(self, labels: Tensor) -> Tensor:
         """labels (B,) -> [BOS, y_1 ... y_m, BOI], (B, M, W)."""
         table = torch.arange(self.M - 2, device=labels.device)
-        y = labels.unsqueeze(1) + self.rows * table  # (B, m): the tables stand one below the other
+        y = labels.unsqueeze(1) + self.rows * table  # (B, m): one table follows another
         bos = torch.full_like(y[:, :1], self.rows - 2)
         boi = torch.full_like(y[:, :1], self.rows - 1)
         return F.embedding(torch.cat([bos, y, boi], 1), self.class_pos)
 
     def pos(self) -> Tensor:
-        """Nothing is added to the tokens: positions are rotary. Zeros (N, 1)."""
+        """Zeros (N, 1): nothing is added to the tokens, since positions are rotary."""
         return self.class_pos.new_zeros(self.N, 1)
 
     def forward(self, Z_I: Tensor, labels: Tensor,
                 generators: Generators = None) -> tuple[GMM, GMM | None]:
         """Z_I (B, N, d_I), labels (B,) -> the mixtures of Z_I (B, N, K, ...) and that of Z_R.
 
-        With generators, outputs of the layers are dropped, as in training.
+        With generators, as in training, there is dropout on the outputs of the layers.
         """
         h = torch.cat([self.class_tokens(labels), self.embed(Z_I[:, :-1])], 1)
         keep = None
@@ -310,16 +312,16 @@ class Prior(farmer.Prior):
         return self.informative(h), self.shared(h[:, -1]) if self.d_R else None
 
     def draw(self, p: GMM, options: Sampling, noise: Noise, i: int) -> Tensor:
-        """Draws token i from its mixture, (B, K, ...) or doubled -> (B, d_I)."""
+        """Draws Z^I_i from its mixture, (B, K, ...) or doubled -> (B, d_I)."""
         if options.guidance > 0 and options.guidance_method == "closed":
             return closed_cfg(p, options, noise.token(i))[:, 0]
         return super().draw(p, options, noise, i)
 
 
 def closed_cfg(p: GMM, options: Sampling, noise: Noise) -> Tensor:
-    """What rejection sampling aims at, in closed form: p (2B, K, ...) -> (B, n, d).
+    """Naive CFG, drawn from the target of rejection sampling: p (2B, K, ...) -> (B, n, d).
 
-    A component of p_c follows N_c^{1+w} N_u^{-w}, with N_u the same component of p_u.
+    Each component N_c of p_c is replaced by N_c^{1+w} N_u^{-w}, with N_u the same component of p_u.
     """
     p_c, p_u = p.tempered(options.T_pi, options.T_sigma).halves()
     sigma_c = p_c.log_sigma.exp().clamp(min=1e-6)  # T_sigma may be 0
@@ -343,8 +345,8 @@ class Model(Farmer):
                 generators: Generators = None) -> dict[str, Tensor]:
         """FARMER's loss and its parts, but JetFormer's prior reads Z_I + sigma eps in training.
 
-        sigma ~ U[0, latent_noise] for each image. The noised Z_I is input and target of the AR, and
-        no gradient is stopped: the flow answers with a larger Z_I.
+        sigma ~ U[0, latent_noise] for each image. The noisy Z_I is both input and target of the AR.
+        The gradient through it is not stopped, so the flow responds by making Z_I larger.
         """
         c = self.config
         if c.prior == "farmer":
@@ -380,15 +382,16 @@ class Model(Farmer):
         return super().sample_latents(labels, options, generators)
 
     def distiller(self):
-        """There is nothing to distil."""
-        raise ValueError("--distill: Jet needs no student, as its inverse takes one pass for each "
-                         "coupling")
+        """Raises ValueError: there is nothing to distil."""
+        raise ValueError("--distill: got a Jet model, which needs no student, since its inverse "
+                         "takes only one pass per coupling")
 
 
 # ----------------------------------------------------------------------------- presets
 def on_jet(preset: farmer.Config) -> Config:
-    """A preset of FARMER's on Jet: as many couplings as blocks, of its layers and width, and the
-    very same AR.
+    """A preset of FARMER with Jet as its flow.
+
+    It has a coupling for each block, with the same layers and width, and the same AR.
     """
     fields = vars(preset) | dict(sampling=Sampling(**vars(preset.sampling)))
     return Config(**fields, prior="farmer")
@@ -419,7 +422,7 @@ PRESETS = {
 
 _small = dict(
     steps=1600, batch_size=32, lr=2e-3, flip=False, noise="rgb", noise_start=64.0, noise_end=0.0)
-# Their weight decay is not scaled by the learning rate, as ours is; they skip no steps.
+# Unlike ours, their weight decay is not scaled by the learning rate, and they skip no steps.
 _theirs = dict(lr_end=0.0, weight_decay=0.1, guard=0.0, noise="rgb", noise_end=0.0)
 _paper = dict(
     _theirs, steps=62_500, batch_size=2048, lr=1e-3, warmup=6250, noise_start=64.0,

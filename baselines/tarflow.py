@@ -3,7 +3,7 @@
     python train.py --model baselines.tarflow
 
     B  batch              d  channels of a token = C p^2    T      blocks, of K layers each
-    C  image channels     D  numbers of an image = N d      W      Transformer width
+    C  image channels     D  values of an image = N d       W      Transformer width
     p  patch size         X  tokens of an image (B, N, d)   mu     shift of a block
     N  tokens             Z  the flow of X      (B, N, d)   alpha  its log-scale, without a bound
 
@@ -11,8 +11,8 @@ Compared with FARMER there is no AR prior and no split. Attention has biases, ea
 class vector to every token, guidance extrapolates alpha and mu, and a denoising step follows
 sampling. Log-probabilities are in nats.
 
-Training differs from the authors' in three ways. They decay all parameters; our loop decays
-matrices only. The loop leaves out steps with an outlier gradient (--guard 0 turns that off). The
+Training differs from the authors' in three ways. They use weight decay on all parameters; our loop
+only on matrices. Our loop skips steps with an outlier gradient (--guard 0 turns that off). The
 output of a block is computed in float32.
 """
 import math
@@ -39,15 +39,16 @@ from farmer import (
 # ----------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. The paper's figures are with annealed guidance and denoising."""
+    """How to sample. The paper's figures use annealed guidance and denoising."""
 
     guidance: float = setting(
         0.0, "w: alpha and mu become cond + w (cond - null); 0 = off", 0)
     anneal: bool = setting(True, "let guidance grow from 0 to w over the tokens of a block")
     temperature: float = setting(
-        1.0, "divides the attention logits of guidance's null pass", 1e-6)
+        1.0, "divides the attention logits in the null pass of guidance", 1e-6)
     denoise: float = setting(
-        0.0, "sigma of the last step x + sigma^2 grad log p(x|c), that of training; 0 = off", 0)
+        0.0, "sigma, the noise of training that a last step x + sigma^2 grad log p(x|c) removes; "
+        "0 = off", 0)
 
     def __post_init__(self):
         check_settings(self)
@@ -78,12 +79,12 @@ class Config:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """N, the number of tokens."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def token_dim(self) -> int:
-        """d."""
+        """d, the channels of a token."""
         return self.channels * self.patch_size**2
 
 
@@ -109,8 +110,9 @@ class TemperedCache(KVCache):
 
 
 class Block(nn.Module):
-    """z_i = (x_i - mu_i) exp(-alpha_i), where a causal Transformer reads alpha_i and mu_i in the
-    tokens before i. The first token stays as it is.
+    """z_i = (x_i - mu_i) exp(-alpha_i), with alpha_i and mu_i from the tokens before i.
+
+    A causal Transformer computes them. The first token is left unchanged.
     """
 
     def __init__(self, config: Config, flip: bool):
@@ -133,14 +135,14 @@ class Block(nn.Module):
         return x.flip(1) if self.flip else x
 
     def context(self, labels: Tensor | None) -> Tensor:
-        """Position plus class vector, which is added to each token's embedding.
+        """What is added to each token's embedding: its position and the class vector.
 
         labels (B,), or None for the null class -> (1 or B, N, W) in this block's order.
         """
         pos = self.order(self.pos.unsqueeze(0))
         if self.classes is None:
             return pos
-        null = self.classes.mean(0, keepdim=True)  # the null class is the mean of all
+        null = self.classes.mean(0, keepdim=True)  # the null class is the mean of all classes
         if labels is None:
             return pos + null
         table = torch.cat([self.classes, null])
@@ -165,7 +167,7 @@ class Block(nn.Module):
     def inverse(self, z: Tensor, labels: Tensor, options: Sampling) -> Tensor:
         """z (B, N, d), labels (B,) -> x (B, N, d), one token after another with a KV cache.
 
-        With guidance, the passes of the class and of the null class run as one doubled batch.
+        With guidance, the passes for the class and for the null class run as one doubled batch.
         """
         z = self.order(z)
         B, N, _ = z.shape
@@ -176,7 +178,7 @@ class Block(nn.Module):
             temperature = torch.cat([temperature, options.temperature * temperature])
         context = self.context(labels)
         caches = [TemperedCache(N, temperature.view(-1, 1, 1, 1)) for _ in self.layers]
-        x = z.clone()  # the first token stays; the others are overwritten one by one
+        x = z.clone()  # the first token is unchanged; the others are overwritten one by one
         for i in range(N - 1):
             token = x[:, i:i + 1]
             if guided:
@@ -194,7 +196,7 @@ class Block(nn.Module):
 
 
 class Flow(nn.Module):
-    """T blocks, which alternate their order."""
+    """T blocks; every other one reads the tokens in reverse."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -213,7 +215,8 @@ class Flow(nn.Module):
     @torch.no_grad()
     def inverse(self, Z: Tensor, labels: Tensor | None = None,
                 options: Sampling | None = None) -> Tensor:
-        """Z (B, N, d), labels (B,) -> X (B, N, d). Guided, it no longer inverts `forward`."""
+        """Z (B, N, d), labels (B,) -> X (B, N, d); the inverse of `forward` only without guidance.
+        """
         options = options or Sampling()
         for block in reversed(self.blocks):
             Z = block.inverse(Z, labels, options)
@@ -230,10 +233,13 @@ class LogProb(NamedTuple):
 
 
 class Model(nn.Module):
-    """`flow` maps patches to N(0, 1). Labels are (B,) int64 with num_classes as the null label."""
+    """The model: `flow` maps patches to N(0, I).
 
-    # What FARMER does in the same way: the list of its layers, images (B, C, H, W) -> X (B, N, d),
-    # and x + sigma^2 grad log p(x|c).
+    Labels are (B,) int64 with num_classes as the null label.
+    """
+
+    # As in FARMER: the list of layers, images (B, C, H, W) -> X (B, N, d), and
+    # x + sigma^2 grad log p(x|c).
     layers = Farmer.layers
     patches = Farmer.patches
     denoise = Farmer.denoise
@@ -259,7 +265,7 @@ class Model(nn.Module):
         )
 
     def log_prob(self, images: Tensor, labels: Tensor | None = None) -> LogProb:
-        """log p(images|labels) of dequantised images (B, C, H, W). labels None: all null."""
+        """log p(images|labels) of dequantised images (B, C, H, W); labels (B,) or None for null."""
         labels = self.check_labels(labels, len(images))
         Z, logdet = self.flow(self.patches(images), labels)
         prior = -0.5 * (Z.square() + math.log(2 * math.pi)).sum((1, 2))
@@ -268,16 +274,16 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, labels: Tensor, options: Sampling | None = None,
                generators: Generators = None) -> Tensor:
-        """labels (B,) -> images (B, C, H, W), not clamped. options: the config's if None.
+        """Draws images: labels (B,) -> (B, C, H, W), not clamped. options None: the config's.
 
-        With a list of generators, one per image, image i does not depend on its batch.
+        With a list of generators, one per image, an image does not depend on the rest of its batch.
         """
         c = self.config
         options = options or c.sampling
         labels = self.check_labels(labels, len(labels))
         if options.guidance > 0 and c.num_classes == 0 and options.temperature == 1:
-            raise ValueError("guidance: an unconditional model needs a --temperature that is not "
-                             "1, or --guidance 0")
+            raise ValueError("guidance: got an unconditional model at --temperature 1; expected "
+                             "another temperature, or --guidance 0")
         like = self.flow.blocks[0].pos
         Z = random(torch.randn, len(labels), (c.num_tokens, c.token_dim), generators, like)
         X = self.flow.inverse(Z, labels, options)
@@ -287,14 +293,16 @@ class Model(nn.Module):
         return images
 
     def check_labels(self, labels: Tensor | None, B: int) -> Tensor:
-        """labels (B,) on the model's device; all null where they are None or there are no classes.
+        """Checks labels (B,) and puts them on the model's device.
+
+        All are null if labels is None or the model has no classes.
         """
         device = self.flow.blocks[0].pos.device
         null = self.config.num_classes
         if labels is None or null == 0:
             return torch.full((B,), null, device=device)
         wrong = labels.shape != (B,)
-        if not wrong and not labels.is_cuda:  # looking at values would make a GPU wait
+        if not wrong and not labels.is_cuda:  # reading the values would make a GPU wait
             wrong = bool(((labels < 0) | (labels > null)).any())
         if wrong:
             raise ValueError(f"labels: got {str(labels.tolist())[:40]}, expected {B} integers "
@@ -305,7 +313,7 @@ class Model(nn.Module):
 # ----------------------------------------------------------------------------- presets
 _small = dict(flow_width=128, sampling=Sampling(guidance=1.0, denoise=0.1))
 _imagenet64 = dict(image_size=64, patch_size=2)
-# The large ones and their training follow the authors' README.
+# The large presets and their training follow the authors' README.
 PRESETS = {
     "digits": Config(**_small, flow_blocks=6, flow_layers=1),
     "fashion": Config(**_small, image_size=28, channels=1, flow_blocks=4, flow_layers=2),
@@ -329,7 +337,7 @@ TRAINING = {
     "fashion": dict(_short, optimizer="muon", lr=1e-2, data="fashion-mnist"),
     "cifar10": dict(
         steps=2800, lr=4e-3, noise="uniform", weight_decay=1e-4, holdout=500, data="cifar10"),
-    # Theirs is in float32, as with --precision float32.
+    # The authors train this one in float32, here --precision float32.
     "imagenet64-bits": dict(_long, steps=500_000, noise="uniform", flip=False),
     "imagenet64-free": dict(_constant_noise, steps=1_000_000),
     "imagenet64": dict(_constant_noise, steps=1_000_000),

@@ -3,7 +3,7 @@
     python train.py --model examples.class_conditional_flow --out runs/conditional
     python train.py --distill runs/conditional --out runs/conditional-student
 
-Labels reach every block of the flow, of its inverse and of its student as an argument.
+Every block of the flow receives the labels as an argument, in the inverse and the student as well.
 """
 from torch import nn
 
@@ -12,7 +12,7 @@ from farmer import PRESETS, TRAINING, Config, Sampling  # noqa: F401  (the scrip
 
 
 class ConditionalBlock(farmer.FlowBlock):
-    """A block whose tokens carry the class besides their position."""
+    """A flow block that adds an embedding of the class to each token, besides its position."""
 
     def __init__(self, config, flip):
         super().__init__(config, flip)

@@ -1,17 +1,18 @@
-"""The flow's inverse by parallel passes: the Jacobi iteration instead of token after token.
+"""Invert the flow by parallel passes, the Jacobi iteration, instead of token by token.
 
     python train.py --model examples.jacobi_inverse --out runs/jacobi
     python sample.py runs/jacobi --out samples.png
 
-Eq. 9, x_i = z_i exp(-a(x_<i)) + mu(x_<i), is a fixed point x = g(x). A pass computes g(x) for all
-tokens at once. g is triangular: each pass makes at least one more token exact, so that N - 1 passes
-always suffice, and about 5 to 9 of N = 16 or 10 to 23 of N = 64 get within a thousandth.
+Eq. 9, x_i = z_i exp(-a(x_<i)) + mu(x_<i), has the form of a fixed point, x = g(x). A pass computes
+g(x) for all tokens at once. g is triangular: each pass makes at least one more token exact, so
+N - 1 passes always suffice; about 5 to 9 for N = 16, or 10 to 23 for N = 64, get within a
+thousandth.
 
 It can win at batch 1, with long sequences, on a GPU: there a step of one token leaves most of the
-chip idle. It loses on a CPU and in large batches (12 times slower), where arithmetic decides: a
-pass costs as much as all steps with a KV cache together, and several passes are needed.
+chip idle. It loses on a CPU and in large batches (12 times slower), where arithmetic is the limit:
+a pass costs as much as all steps with a KV cache together, and several passes are needed.
 
-The weights are those of FARMER: Model(model.config).load_state_dict(model.state_dict()).
+It takes the weights of FARMER: Model(model.config).load_state_dict(model.state_dict()).
 """
 import torch
 
@@ -23,7 +24,7 @@ TOLERANCE = 2e-5  # an image has converged when no value moves by more in a pass
 
 class JacobiBlock(farmer.FlowBlock):
     def inverse(self, z, labels=None):
-        """z (B, N, d) -> x (B, N, d). Every image stops by itself, whatever else is in its batch.
+        """z (B, N, d) -> x (B, N, d). Each image stops on its own, whatever else is in the batch.
         """
         z = self.order(z)
         B, N, _ = z.shape

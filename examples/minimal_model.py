@@ -49,12 +49,12 @@ class Model(nn.Module):
         return LogProb(log_normal.sum((1, 2, 3)))
 
     def forward(self, x, labels, generators=None):
-        """What training minimises: "loss". All values are logged, each (B,)."""
+        """The values to log, each (B,); training minimises "loss"."""
         nats_per_dim = -self.log_prob(x, labels).total / x[0].numel()
         return dict(loss=nats_per_dim, nats_per_dim=nats_per_dim)
 
     def sample(self, labels, options=None, generators=None):
-        """labels (B,) -> images (B, C, H, W), with one generator for each image."""
+        """labels (B,) -> images (B, C, H, W), drawn with one generator for each image."""
         options = options or self.config.sampling
         eps = random(torch.randn, len(labels), self.shape, generators, self.mean)
         return self.mean[labels] + options.temperature * self.log_sigma.exp() * eps

@@ -1,10 +1,11 @@
-"""Walks one image through a trained model and back; prints each stage and draws one picture.
+"""Walks one image through a trained model and back: prints and draws each stage.
 
     python examples/tour.py assets/fashion.pt
     python examples/tour.py runs/tiny --data digits --out tour.png
 
-A is the image and B another one: the first and the last held-out image of --data, or without it
-samples of the model. Shapes are those of one image, equations those of arXiv 2510.23588v2.
+A is the image and B another one: the first and the last held-out image of --data,
+or without it samples of the model. Shapes are those of one image, equations those
+of arXiv 2510.23588v2.
 """
 # ruff: noqa: E402  (the repository's folder has to be found first)
 import sys
@@ -119,10 +120,15 @@ def draw(rows):
 
 
 def main(argv=None):
-    parser = Parser(prog="tour.py", description=__doc__)
-    parser.add_argument("checkpoint", metavar="DIR_OR_CKPT", help="a run's folder or a .pt file")
-    parser.add_argument("--data", help="as for train.py (default: samples of the model)")
-    parser.add_argument("--out", default="tour.png", help="(default: tour.png)")
+    parser = Parser(prog="tour.py", description=__doc__,
+                    usage="python examples/tour.py DIR_OR_CKPT [options]")
+    parser.add_argument("checkpoint", metavar="DIR_OR_CKPT",
+                        help="a trained model: a run's folder or a .pt file")
+    parser.add_argument("--data", metavar="DATA",
+                        help="take A and B from here, whatever train.py takes as --data (default: "
+                        "draw them from the model)")
+    parser.add_argument("--out", metavar="FILE", default="tour.png",
+                        help="the picture to write (default: tour.png)")
     args = parser.parse_args(argv)
     out = check_writable("--out", args.out)
     model, state = load_run(args.checkpoint)

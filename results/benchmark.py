@@ -1,14 +1,15 @@
 """How fast a model is on this machine, whichever model it is.
 
-    python results/benchmark.py sample --preset cifar10 --against baselines.tarflow
+    python results/benchmark.py sample --preset fashion --against baselines.tarflow
     python results/benchmark.py train --preset cifar10 --precision bfloat16
-    python results/benchmark.py sizes --model baselines.jetformer    # of every preset
-    python results/benchmark.py gpu | tee table.md           # a paper preset, in 8 minutes of a GPU
-    python results/benchmark.py gpu --device cpu --tiny      # every line of that, on a CPU
+    python results/benchmark.py sizes --model baselines.jetformer
+    python results/benchmark.py gpu | tee table.md          # 8 minutes of a GPU
+    python results/benchmark.py gpu --device cpu --tiny     # all of it, on a CPU
 
---model, --preset and the model's own flags are those of train.py; the weights are random, which
-changes no time. Times are medians over rounds in each of which everything runs once, so that a
-busy machine is unfair to nobody. FLOPs count matrix products, those of attention among them.
+--model, --preset and the model's own flags are those of train.py; the weights
+are random, which changes no time. Times are medians over rounds in each of which
+everything runs once, so that a busy machine is unfair to nobody. FLOPs count
+matrix products, those of attention among them.
 """
 # ruff: noqa: E402  (the repository's folder has to be found first)
 import sys
@@ -33,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.batches import dequantize, image_generators
-from support.checkpoints import build, first_preset, model_file, named_model
+from support.checkpoints import build, first_preset, model_file, named_model, named_preset
 from support.cli import Parser, UserError, add_fields, at_least, given, run_script
 from support.distributed import pick_device, pick_precision, training_precision
 from support.sampling import default_labels
@@ -238,33 +239,65 @@ def integers(text: str) -> list[int]:
 
 def parse(argv: list[str] | None, name: str, module: ModuleType) -> argparse.Namespace:
     """The command line, with the flags of this model; its device is a torch.device."""
-    parser = Parser(prog="benchmark.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_sample = commands.add_parser("sample", help="ms per image of each part of sampling")
-    of_train = commands.add_parser("train", help="a step of training")
-    of_sizes = commands.add_parser("sizes", help="parameters and FLOPs of every preset")
-    of_gpu = commands.add_parser("gpu", help="train and sample for a paper preset")
-    for p in (of_sample, of_train, of_sizes, of_gpu):
-        p.add_argument("--model", default=name, metavar="NAME", help="the model's file")
-        p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    of_gpu.set_defaults(device="cuda")
+    first = first_preset(module)
+    shown = named_preset(argv, module)  # --help shows its values as defaults
+    parser = Parser(prog="benchmark.py", description=__doc__,
+                    usage="python results/benchmark.py COMMAND [options]")
+    commands = parser.add_subparsers(
+        title="commands (COMMAND --help explains more)", dest="command", metavar="COMMAND",
+        required=True, prog="benchmark.py")
+    parsers = []
+    for command, text in (
+        ("sample", "Times sampling, as a whole and part by part, in ms per image."),
+        ("train", "Times a training step and, on a GPU, measures its memory."),
+        ("sizes", "Counts the parameters and FLOPs of every preset."),
+        ("gpu", f"Runs `train` and `sample` in several ways, within {MINUTES} minutes."),
+    ):
+        p = commands.add_parser(command, help=text, description=text,
+                                usage=f"python results/benchmark.py {command} [options]")
+        p.add_argument("--model", default=name, metavar="NAME",
+                       help="the model's file (default: farmer)")
+        parsers.append(p)
+    of_sample, of_train, of_sizes, of_gpu = parsers
+    preset = dict(choices=module.PRESETS, metavar="NAME", help="settings of the model: "
+                  f"{', '.join(module.PRESETS)} (default: %(default)s)")
+    device = dict(choices=("auto", "cpu", "cuda"), help="auto = a GPU where there is one "
+                  "(default: %(default)s)")
+
     for p in (of_sample, of_train):
-        p.add_argument("--preset", choices=module.PRESETS, default=first_preset(module),
-                       help="(default: %(default)s)")
-        p.add_argument("--against", metavar="MODEL[:PRESET]", help="another model of equal shape")
-        p.add_argument("--compile", action="store_true", help="the layers, as on a GPU")
-        p.add_argument("--rounds", type=at_least(int, 1), default=5, help="(default: 5)")
-        add_fields(p.add_argument_group("model"), module.Config)
-    of_sample.add_argument("--batch-sizes", type=integers, default=[1, 16, 64],
-                           help="(default: 1,16,64)")
-    add_fields(of_sample.add_argument_group("sampling"), module.Sampling)
-    of_train.add_argument("--batch-size", type=at_least(int, 1), default=32, help="(default: 32)")
-    of_train.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
-    of_train.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    of_train.add_argument("--checkpointing", action="store_true", help="recompute activations")
-    of_gpu.add_argument("--preset", default="farmer-1.1b-p16", help="(default: %(default)s)")
-    of_gpu.add_argument("--tiny", action="store_const", dest="preset", const=first_preset(module),
-                        help="the model's first preset, for a CPU")
+        p.add_argument("--preset", default=first, **preset)
+        p.add_argument("--against", metavar="MODEL[:PRESET]",
+                       help="time this model too, given the same sizes as far as it has them")
+    of_sample.add_argument("--batch-sizes", type=integers, default=[1, 16, 64], metavar="N1,N2",
+                           help="images drawn at a time (default: 1,16,64)")
+    group = of_train.add_argument_group("training step")
+    group.add_argument("--batch-size", type=at_least(int, 1), default=32, metavar="N",
+                       help="images per step (default: 32)")
+    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                       help="muon: for the layers' matrices, with adamw for the rest (default: "
+                       "adamw)")
+    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="of matrix products; auto = bfloat16 where this machine is fast in it "
+                       "(default: auto)")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations "
+                       "instead of keeping them: less memory, slower")
+    for p in (of_sample, of_train):
+        how = p.add_argument_group("how it runs")
+        how.add_argument("--device", default="auto", **device)
+        how.add_argument("--compile", action="store_true",
+                         help="compile the layers, which takes a minute (default: do not)")
+        how.add_argument("--rounds", type=at_least(int, 1), default=5, metavar="N",
+                         help="time everything N times and show the medians (default: 5)")
+        group = p.add_argument_group(f"model (defaults of the preset {shown})")
+        add_fields(group, module.Config, module.PRESETS[shown])
+    group = of_sample.add_argument_group(f"sampling (defaults of the preset {shown})")
+    add_fields(group, module.Sampling, module.PRESETS[shown].sampling)
+
+    of_sizes.set_defaults(device="cpu")  # where nothing is computed
+    of_gpu.add_argument("--preset", default="farmer-1.1b-p16", **preset)
+    of_gpu.add_argument("--tiny", action="store_const", dest="preset", const=first,
+                        help=f"the same as --preset {first}, for trying everything on a CPU")
+    of_gpu.add_argument("--device", default="cuda", **device)
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     return args

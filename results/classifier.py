@@ -1,13 +1,23 @@
-"""A small network that reads images: are samples what their labels say? What do Z^I and Z^R carry?
+"""A small network that reads images: do samples show what their labels say?
 
-    python results/classifier.py fit digits reader.pt           # and its accuracy on unseen images
-    python results/classifier.py read reader.pt samples.npz     # how many are read as their label
-    python results/classifier.py swap reader.pt runs/tiny       # exchange Z^R, or Z^I, and read
-    python results/classifier.py fit digits f.pt --noise 0      # features for fid.py --features
-    python results/classifier.py heldout digits heldout.npz     # the unseen images, for fid.py
+    python results/classifier.py fit digits reader.pt          # and its accuracy
+    python sample.py runs/tiny --out samples.npz
+    python results/classifier.py read reader.pt samples.npz    # % read as labelled
+    python results/classifier.py swap reader.pt runs/tiny
 
-A network that was trained with noise does not see the noise of samples, so features for a Fréchet
-distance need --noise 0. The file is TorchScript, a program that runs when it is loaded.
+`swap` asks what the two parts of the latents, informative Z^I and redundant Z^R,
+carry. Where exchanging Z^R changes the images, drawing it independently for each
+token throws structure away.
+
+fid.py can compare images in the features of such a network. Train it without
+noise for that, else it does not see the noise of samples:
+
+    python results/classifier.py fit digits features.pt --noise 0
+    python results/classifier.py heldout digits real.npz       # the unseen images
+    python fid.py runs/tiny real.npz --num 500 --features features.pt
+
+The network's file is TorchScript, a program that runs when it is loaded: take
+none from strangers.
 """
 # ruff: noqa: E402  (the repository's folder has to be found first)
 import sys
@@ -93,12 +103,12 @@ def read_right(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 # ----------------------------------------------------------------------------- fit, heldout, read
 def open_data(args) -> Split:
     """The data, in their own size unless --image-size says otherwise; files are read as RGB."""
-    images = open_images(args.first, size=16)  # the size at which digits are drawn
+    images = open_images(args.data, size=16)  # the size at which digits are drawn
     if images.labels is None:
-        raise UserError(f"{args.first} has no labels; expected class folders, or labels in a file")
+        raise UserError(f"{args.data} has no labels; expected class folders, or labels in a file")
     size = args.image_size or min(images.read(0).shape[:2])
     channels = 3 if images.array is None else images.array.shape[-1]
-    split = open_split(args.first, size, channels, args.holdout)
+    split = open_split(args.data, size, channels, args.holdout)
     print(f"data: {split.summary}", file=sys.stderr)
     return split
 
@@ -109,8 +119,8 @@ def everything(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
 
 
 def fit(args) -> None:
-    """Trains a network, writes it and prints its accuracy on images that it has not seen."""
-    out = check_writable("the file to write", args.second)
+    """Trains a network on DATA, writes it to FILE and prints its held-out accuracy."""
+    out = check_writable("FILE", args.file)
     split = open_data(args)
     torch.manual_seed(args.seed)
     images, labels = everything(split.train)
@@ -138,25 +148,25 @@ def fit(args) -> None:
 
 
 def heldout(args) -> None:
-    """Writes the images that `fit` does not see."""
-    out = check_writable("the file to write", args.second)
+    """Writes the held-out images of DATA, which `fit` does not see, to FILE."""
+    out = check_writable("FILE", args.file)
     split = open_data(args)
     if split.held_out is None:
-        raise UserError(f"{args.first}: nothing is held out; pass --holdout")
+        raise UserError(f"{args.data}: nothing is held out; pass --holdout")
     images, labels = everything(split.held_out)
     images = images.permute(0, 2, 3, 1)
     write_file(out, lambda f: np.savez(f, images=images.numpy(), labels=labels.numpy()))
 
 
 def read(args) -> None:
-    """Prints how many labelled images a network reads as their label."""
-    network = load_classifier(args.first)
-    samples = open_images(args.second)
+    """Prints the share of the images SAMPLES that a network reads as their label."""
+    network = load_classifier(args.network)
+    samples = open_images(args.samples)
     samples = labels_for(samples, network.classes, network.num_classes)
     size = min(samples.read(0).shape[:2])
     dataset = ImageDataset(samples, np.arange(len(samples)), size, network.channels)
     right = read_right(network, *everything(dataset))
-    print(f"{args.second}: {right:.1f}% of {len(samples)} images read as their label")
+    print(f"{args.samples}: {right:.1f}% of {len(samples)} images read as their label")
 
 
 # ----------------------------------------------------------------------------- swap
@@ -176,12 +186,12 @@ def exchanged(model: nn.Module, x: Tensor, labels: Tensor, part: str, images: Te
 
 
 def swap(args) -> None:
-    """What an i.i.d. draw of Z_R throws away shows in how much exchanging it changes."""
-    network = load_classifier(args.first)
-    model, state = load_run(args.second)
+    """Exchanges Z^I or Z^R between images or tokens and prints how much that changes."""
+    network = load_classifier(args.network)
+    model, state = load_run(args.run)
     c = model.config
     if not hasattr(c, "informative_dim"):
-        raise UserError(f"{args.second}: {model.model_name} has no latents Z_I and Z_R")
+        raise UserError(f"{args.run}: {model.model_name} has no latents Z_I and Z_R")
     run = state.training
     split = open_split(run["data"], c.image_size, c.channels, run["holdout"], run["enlarge"],
                        state.classes, c.num_classes, own_data(model))
@@ -208,24 +218,60 @@ def swap(args) -> None:
 # ----------------------------------------------------------------------------- command line
 def main(argv: list[str] | None = None) -> None:
     """Runs the action that the command line names."""
-    parser = Parser(prog="classifier.py", description=__doc__)
-    actions = dict(fit=fit, heldout=heldout, read=read, swap=swap)
-    parser.add_argument("action", choices=actions)
-    parser.add_argument("first", help="fit, heldout: data, as train.py takes them; else a network")
-    parser.add_argument("second", help="fit, heldout: the file to write; read: images with labels; "
-                        "swap: a run")
-    parser.add_argument("--noise", type=at_least(float, 0), default=0.1,
-                        help="fit: largest std of noise on the images (default: 0.1)")
-    parser.add_argument("--epochs", type=at_least(int, 1), default=3, help="fit (default: 3)")
-    parser.add_argument("--holdout", type=at_least(int, 0), default=0,
-                        help="fit, heldout: images per class (default: the test split)")
-    parser.add_argument("--image-size", type=at_least(int, 1),
-                        help="fit, heldout (default: the data's)")
-    parser.add_argument("--num", type=at_least(int, 1), default=200,
-                        help="swap: images (default: 200)")
-    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="(default: 0)")
+    parser = Parser(prog="classifier.py", description=__doc__,
+                    usage="python results/classifier.py ACTION ...")
+    actions = parser.add_subparsers(
+        title="actions (ACTION --help explains more)", metavar="ACTION", required=True,
+        prog="classifier.py")
+    parsers = []
+    for function, arguments in (
+        (fit, "DATA FILE [options]"),
+        (heldout, "DATA FILE [options]"),
+        (read, "NET SAMPLES"),
+        (swap, "NET DIR_OR_CKPT [options]"),
+    ):
+        name = function.__name__
+        action = actions.add_parser(
+            name, help=function.__doc__, description=function.__doc__,
+            usage=f"python results/classifier.py {name} {arguments}")
+        action.set_defaults(function=function)
+        parsers.append(action)
+    of_fit, of_heldout, of_read, of_swap = parsers
+
+    for action, kind in ((of_fit, "the network (.pt)"), (of_heldout, "the images (.npz)")):
+        action.add_argument("data", metavar="DATA",
+                            help="images with labels: what train.py takes as --data")
+        action.add_argument("file", metavar="FILE", help=f"where to write {kind}")
+        group = action.add_argument_group("data")
+        group.add_argument("--holdout", type=at_least(int, 0), default=0, metavar="N",
+                           help="hold out the last N images of each class (default: the test "
+                           "split, where there is one)")
+        group.add_argument("--image-size", type=at_least(int, 1), metavar="N",
+                           help="crop and resize the images to N x N pixels (default: the size "
+                           "that the first one has)")
+    group = of_fit.add_argument_group("training")
+    group.add_argument("--epochs", type=at_least(int, 1), default=3, metavar="N",
+                       help="passes over the images (default: 3)")
+    group.add_argument("--noise", type=at_least(float, 0), default=0.1, metavar="STD",
+                       help="add noise of a random std up to this one, for pixels in [-1, 1]; 0 "
+                       "for the features of fid.py (default: 0.1)")
+    group.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
+                       help="random seed of weights, data order and noise (default: 0)")
+
+    for action in (of_read, of_swap):
+        action.add_argument("network", metavar="NET", help="a network that `fit` wrote")
+    of_read.add_argument("samples", metavar="SAMPLES",
+                         help="images with labels, such as the .npz of sample.py")
+    of_swap.add_argument("run", metavar="DIR_OR_CKPT",
+                         help="a trained model: a run's folder or a .pt file")
+    group = of_swap.add_argument_group("images (the held-out ones of the model's data, if any)")
+    group.add_argument("--num", type=at_least(int, 1), default=200, metavar="N",
+                       help="exchange between the first N images (default: 200)")
+    group.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
+                       help="random seed of their noise and of the order in which tokens are "
+                       "exchanged (default: 0)")
     args = parser.parse_args(argv)
-    actions[args.action](args)
+    args.function(args)
 
 
 if __name__ == "__main__":

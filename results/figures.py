@@ -1,10 +1,13 @@
 """Plots of results, as PNG files that can be read on white and on dark pages.
 
-    python results/figures.py curve runs/cifar runs/tarflow --out curves.png  # over time
-    python results/figures.py guidance --out guidance.png    # FD, precision and recall over w
-    python results/figures.py fig6 --out fig6.png            # FD over K_I and d_I
+    python results/figures.py curve runs/tiny --out curve.png
+    python results/figures.py guidance --out guidance.png
+    python results/figures.py fig6 --out fig6.png
 
-`curve` reads the runs' log.jsonl; the others the results of tables.py. Needs matplotlib.
+`curve` draws the loss of runs, or their bits/dim, over minutes of training. The
+others draw results of tables.py: `guidance` FD, precision and recall over the
+guidance weight w; `fig6` FD over K_I, the mixture components of a token, and over
+d_I, the informative channels. Needs matplotlib.
 """
 # ruff: noqa: E402  (the repository's folder has to be found first)
 import sys
@@ -17,8 +20,15 @@ import json
 import re
 import statistics
 
-from support.checkpoints import load_run
-from support.cli import Parser, UserError, check_writable, expanded, run_script, write_file
+from support.cli import (
+    Parser,
+    UserError,
+    check_writable,
+    expanded,
+    reading,
+    run_script,
+    write_file,
+)
 
 GREY = "#808080"  # of text and axes, on a transparent ground
 
@@ -30,17 +40,12 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def training_log(run: str) -> list[dict]:
-    """The reports in a run's log.jsonl, with the minutes of training until then, without pauses."""
-    batch_size = load_run(run)[1].training["batch_size"]
-    reports = []
-    minutes = 0.0
-    step = 0
-    for line in read_lines(expanded(run) / "log.jsonl"):
-        if "images_per_s" in line:
-            minutes += (line["step"] - step) * batch_size / line["images_per_s"] / 60
-            step = line["step"]
-            reports.append(line | {"minutes": minutes})
-    return reports
+    """The reports in the log.jsonl of a run, given as its folder or as that file."""
+    file = expanded(run)
+    if file.is_dir():
+        file = file / "log.jsonl"
+    with reading(run, "expected the folder of a run, or its log.jsonl"):
+        return [line for line in read_lines(file) if "minutes" in line]
 
 
 def means(results: list[dict], name: str, field: str, each: str) -> dict[str, list[tuple]]:
@@ -83,16 +88,20 @@ def draw(panels: list[tuple[str, str, dict]], out: Path) -> None:
 # ----------------------------------------------------------------------------- command line
 def main(argv: list[str] | None = None) -> None:
     """Draws the figure that the command line names."""
-    parser = Parser(prog="figures.py", description=__doc__)
-    parser.add_argument("figure", choices=("curve", "guidance", "fig6"))
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="curve: folders of runs")
-    parser.add_argument("--out", required=True, metavar="X.png")
+    parser = Parser(prog="figures.py", description=__doc__,
+                    usage="python results/figures.py FIGURE [RUN ...] --out FILE")
+    parser.add_argument("figure", choices=("curve", "guidance", "fig6"), metavar="FIGURE",
+                        help="what to draw: curve, guidance or fig6")
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="for curve: folders of runs, or their log.jsonl under any name; a "
+                        "line of the plot each")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the picture to write (.png)")
     args = parser.parse_args(argv)
     if (args.figure == "curve") != bool(args.runs):
         parser.error("curve needs folders of runs, and the other figures take none")
     out = check_writable("--out", args.out)
     if args.figure == "curve":
-        logs = {Path(run).name: training_log(run) for run in args.runs}
+        logs = {Path(run).stem: training_log(run) for run in args.runs}
         bits = all("bits_per_dim" in report for log in logs.values() for report in log)
         field = "bits_per_dim" if bits else "loss"
         curves = {}

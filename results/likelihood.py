@@ -1,11 +1,17 @@
 """What exact likelihoods are good for.
 
-    python results/likelihood.py posterior runs/fashion    # argmax_c p(x|c) as a classifier
-    python results/likelihood.py ood runs/fashion fashion-mnist:test mnist:test
-    python results/likelihood.py bound runs/fashion        # bits/dim of a model of noised images
+    python results/likelihood.py posterior assets/fashion.pt
+    python results/likelihood.py ood assets/fashion.pt fashion-mnist:test mnist:test
+    python results/likelihood.py bound assets/fashion.pt --num 200
 
-`ood` asks whether log p(x) can tell two sets of images apart. Images get the last noise of the
-model's training. Any model with log_prob will do.
+`posterior` names the class that makes an image likeliest, argmax_c p(x|c). `ood`
+(out of distribution) asks whether log p(x) tells foreign images from the model's
+own. `bound` makes the density of noised images comparable with models of 8-bit
+images.
+
+Images get the noise that the model's training ended with. Any model with a
+likelihood will do: baselines.tarflow and baselines.jetformer too. The result is
+printed as JSON.
 """
 # ruff: noqa: E402  (the repository's folder has to be found first)
 import sys
@@ -151,19 +157,39 @@ def bound(model: nn.Module, y: Tensor, labels: Tensor | None, training: dict) ->
 
 # ----------------------------------------------------------------------------- command line
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; for ood `data` are two sets of images, else one or None."""
-    parser = Parser(prog="likelihood.py", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True)
-    for name in ("posterior", "ood", "bound"):
-        action = actions.add_parser(name)
-        action.add_argument("run", metavar="DIR_OR_CKPT", help="a trained model")
-        action.add_argument("data", nargs=2 if name == "ood" else "?", help="ood: the model's own "
-                            "images and foreign ones; else the run's hold-out or test split")
-        action.add_argument("--num", type=at_least(int, 2), default=1000,
-                            help="images, spread over the set (default: 1000)")
-        action.add_argument("--seed", type=at_least(int, 0), default=0,
-                            help="of the images' noise (default: 0)")
-        action.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    """The command line; INSIDE and OUTSIDE are there for ood, DATA or None for the others."""
+    parser = Parser(prog="likelihood.py", description=__doc__,
+                    usage="python results/likelihood.py ACTION ...")
+    actions = parser.add_subparsers(
+        title="actions (ACTION --help explains more)", dest="action", metavar="ACTION",
+        required=True, prog="likelihood.py")
+    for name, data, text in (
+        ("posterior", "[DATA]", "Classifies images by Bayes' rule and prints the accuracy."),
+        ("ood", "INSIDE OUTSIDE", "Prints how well log p(x) tells two sets of images apart."),
+        ("bound", "[DATA]", "Prints an upper bound on bits/dim for a model of noised images."),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=text,
+            usage=f"python results/likelihood.py {name} DIR_OR_CKPT {data} [options]")
+        action.add_argument("run", metavar="DIR_OR_CKPT",
+                            help="a trained model: a run's folder or a .pt file")
+        if name == "ood":
+            action.add_argument("inside", metavar="INSIDE", help="images like those that the model "
+                                "was trained on: what train.py takes as --data")
+            action.add_argument("outside", metavar="OUTSIDE", help="images of another "
+                                "kind, given in the same way")
+        else:
+            action.add_argument("data", metavar="DATA", nargs="?", help="what train.py takes as "
+                                "--data (default: the images that the run held out, or the test "
+                                "split of its data)")
+        group = action.add_argument_group("images")
+        group.add_argument("--num", type=at_least(int, 2), default=1000, metavar="N",
+                           help="use N images, spread evenly over a set (default: 1000)")
+        group.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
+                           help="random seed of their noise (default: 0)")
+        how = action.add_argument_group("how it runs (changes results by rounding at most)")
+        how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                         help="auto = a GPU where there is one (default: auto)")
     return parser.parse_args(argv)
 
 
@@ -178,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     training = state.training
     if args.action == "ood":
         splits = []
-        for data in args.data:
+        for data in (args.inside, args.outside):
             splits.append(open_split(
                 data, c.image_size, c.channels, num_classes=0, own=own_data(model)))
         result = ood(model, *[noised_images(split, training, args)[0] for split in splits])

@@ -62,12 +62,20 @@ def guidance(*weights: float, more: str = "") -> dict[str, str]:
 
 
 FINISHED = "assets/fashion.pt"
+MIXED = "assets/fashion-mixing.pt"
+MIXING = "--model examples.channel_mixing --preset fashion"
 LIKELIHOOD = {"": "--eval"}  # instead of flags of sample.py: the likelihood of the test split
 NAIVE = "--guidance-method reject"
 W_0 = guidance(0)
 W_1 = guidance(1)
 BOTH = guidance(0, 1)
 EULER = guidance(0, 1, more="--steps 20")
+STUDENT = {
+    "exact, denoise 0": "--inverse exact --guidance 1 --denoise 0",
+    "exact, denoise 0.03": "--inverse exact --guidance 1 --denoise 0.03",
+    "student, denoise 0": "--inverse student --guidance 1 --denoise 0",
+    "student, denoise 0.03": "--inverse student --guidance 1 --denoise 0.03",
+}
 REAL = Row("real images", "", {"": ""})
 
 TABLES: dict[str, list[Row]] = {
@@ -93,10 +101,8 @@ TABLES: dict[str, list[Row]] = {
         Row("Jet", "--model baselines.jetformer --preset table4", W_1),
         Row("AF", "--preset fashion", W_1),
         Row("AF, 8 blocks x 1 layer", "--preset fashion --flow-blocks 8 --flow-layers 1", W_1),
-        Row("AF + 1 coupling", "--model examples.channel_mixing --preset fashion --couplings 1",
-            W_1),
-        Row("AF + 2 couplings", "--model examples.channel_mixing --preset fashion --couplings 2",
-            W_1),
+        Row("AF + 1 coupling", f"{MIXING} --flow-layers 2 --couplings 1", W_1),
+        Row("AF + 2 couplings", f"{MIXING} --flow-layers 2 --couplings 2", W_1),
         REAL,
     ],
     "flip": [
@@ -130,15 +136,7 @@ TABLES: dict[str, list[Row]] = {
         }),
         REAL,
     ],
-    "student": [
-        Row(FINISHED, FINISHED, {
-            "exact, denoise 0": "--inverse exact --guidance 1 --denoise 0",
-            "exact, denoise 0.03": "--inverse exact --guidance 1 --denoise 0.03",
-            "student, denoise 0": "--inverse student --guidance 1 --denoise 0",
-            "student, denoise 0.03": "--inverse student --guidance 1 --denoise 0.03",
-        }),
-        REAL,
-    ],
+    "student": [Row(weights, weights, STUDENT) for weights in (FINISHED, MIXED)] + [REAL],
     "precision": [
         Row(FINISHED, FINISHED, {
             "float32": "--inverse exact --guidance 1 --precision float32",
@@ -148,8 +146,7 @@ TABLES: dict[str, list[Row]] = {
     ],
     "peers": [
         Row("FARMER", "--preset fashion", BOTH),
-        Row("FARMER + channel mixing",
-            "--model examples.channel_mixing --preset fashion --couplings 2", BOTH),
+        Row("FARMER + channel mixing", MIXING, BOTH),
         Row("TarFlow", "--model baselines.tarflow --preset fashion", BOTH),
         Row("JetFormer", "--model baselines.jetformer --preset fashion", BOTH),
         Row("SiT", "--model baselines.arflow --preset sit-fashion", EULER),
@@ -159,9 +156,7 @@ TABLES: dict[str, list[Row]] = {
     ],
     "likelihood": [
         Row("FARMER", "--preset fashion --noise uniform", LIKELIHOOD),
-        Row("FARMER + channel mixing",
-            "--model examples.channel_mixing --preset fashion --couplings 2 --noise uniform",
-            LIKELIHOOD),
+        Row("FARMER + channel mixing", f"{MIXING} --noise uniform", LIKELIHOOD),
         # With Muon TarFlow gets stuck under this noise, and the guard skips its growing gradients.
         Row("TarFlow", "--model baselines.tarflow --preset fashion --noise uniform --guard 0 "
             "--optimizer adamw --lr 3e-3", LIKELIHOOD),

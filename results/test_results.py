@@ -272,7 +272,7 @@ def test_every_use_of_a_run(small_run, tiny_data, tmp_path, capsys):  # noqa: F8
     for action, data in (("posterior", []), ("ood", [tiny_data, tiny_data]), ("bound", [])):
         likelihood.main([action, str(small_run), *map(str, data), "--num", "20"])
         json.loads(capsys.readouterr().out)
-    fails(capsys, likelihood, ["ood", small_run, tiny_data], "required: data")
+    fails(capsys, likelihood, ["ood", small_run, tiny_data], "required: OUTSIDE")
 
 
 def test_calls_alternate_and_the_median_counts(monkeypatch):
@@ -344,14 +344,17 @@ def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch, capsys):
 
 
 def test_a_curves_minutes_are_those_of_training_and_values_means_over_seeds(tmp_path, monkeypatch):
-    lines = [dict(step=s, loss=-s, images_per_s=r) for s, r in ((10, 1), (20, 0.25))]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 20}\n')
-    state = SimpleNamespace(training=dict(batch_size=6))
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [dict(step=s, loss=-s, minutes=m) for s, m in ((10, 1), (20, 5))]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 20}\n')
+    (tmp_path / "kept.jsonl").write_bytes((run / "log.jsonl").read_bytes())
     drawn = []
-    monkeypatch.setattr(figures, "load_run", lambda run: (None, state))
     monkeypatch.setattr(figures, "draw", lambda panels, out: drawn.extend(panels))
-    figures.main(["curve", str(tmp_path), "--out", str(tmp_path / "x.png")])
-    assert drawn == [("minutes of training", "loss", {tmp_path.name: [(1, -10), (5, -20)]})]
+    out = str(tmp_path / "x.png")
+    figures.main(["curve", str(run), str(tmp_path / "kept.jsonl"), "--out", out])
+    points = [(1, -10), (5, -20)]
+    assert drawn == [("minutes of training", "loss", {"run": points, "kept": points})]
     results = [dict(row=row, sampling=f"w = {w}", seed=seed, fd=w + seed)
                for row in "ab" for w in (0.5, 2) for seed in (0, 1)]
     means = [(0.5, 1), (2, 2.5)]
@@ -362,3 +365,4 @@ def test_a_missing_matplotlib_is_one_line(small_run, tmp_path, capsys, monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(capsys, figures, ["curve", small_run, "--out", tmp_path / "x.png"], "pip install")
     fails(capsys, figures, ["curve", "--out", tmp_path / "x.png"], "folders of runs")
+    fails(capsys, figures, ["curve", tmp_path, "--out", tmp_path / "x.png"], "log.jsonl")

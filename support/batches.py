@@ -390,14 +390,33 @@ def prepare(images: Images, out: Path, size: int, channels: int, workers: int) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="batches.py", description=__doc__)
-    parser.add_argument("command", choices=["prepare"])
-    parser.add_argument("data", metavar="DATA", help="what train.py takes as --data")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    parser.add_argument("--image-size", type=at_least(int, 1), required=True)
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
-    parser.add_argument("--enlarge", action="store_true", help="smaller images too")
-    parser.add_argument("--workers", type=at_least(int, 0), default=os.cpu_count())
+    parser = Parser(
+        prog="batches.py",
+        usage="python support/batches.py prepare DATA OUT --image-size N [options]",
+        description="""Decode and crop a set of images once, so that training does not have to.
+
+    python support/batches.py prepare path/to/images prepared --image-size 64
+    python train.py --preset imagenet64 --data prepared
+
+A test split beside the training images is prepared too, into OUT/train and
+OUT/test. Where images cannot be read, all of them are named, and images.npy is
+not written.""")
+    parser.add_argument("command", choices=["prepare"], metavar="prepare",
+                        help="the only command")
+    parser.add_argument("data", metavar="DATA", help="the images: what train.py takes as --data")
+    parser.add_argument("out", metavar="OUT", type=Path,
+                        help="a new folder for images.npy, labels.npy and classes.json")
+    group = parser.add_argument_group("images")
+    group.add_argument("--image-size", type=at_least(int, 1), required=True, metavar="N",
+                       help="crop to the centre square and resize to N x N pixels (required)")
+    group.add_argument("--channels", type=int, choices=(1, 3), default=3,
+                       help="1 (grey) or 3 (RGB) (default: 3)")
+    group.add_argument("--enlarge", action="store_true",
+                       help="enlarge images smaller than --image-size instead of refusing")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--workers", type=at_least(int, 0), default=os.cpu_count(), metavar="N",
+                     help="processes that decode images (default: one per CPU core, here "
+                     "%(default)s)")
     args = parser.parse_args(argv)
     options = (args.image_size, args.channels, args.enlarge)
     images = open_images(args.data, *options)

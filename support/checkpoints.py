@@ -1,8 +1,8 @@
-"""A model is one Python file, a trained model one checkpoint, a run one folder.
+"""Models, checkpoints and runs on disk.
 
-A checkpoint is data: torch.load unpickles tensors and plain containers only, and the model's file
-that it names must be a plain module of this repository, of the current folder, or beside the run.
-It holds
+A model is one Python file, a trained model one checkpoint, a run one folder. A checkpoint is data,
+not code: torch.load reads only tensors and plain containers from it, and the model's file that it
+names must be a module in this repository, in the current folder or beside the checkpoint. It holds
 
     format, version  what file this is         model    the model's file: farmer, baselines.tarflow
     config           fields of its Config      weights  its state_dict
@@ -42,10 +42,10 @@ RUN_FILES = ("ckpt.pt", "log.jsonl", "samples.png")
 
 # ----------------------------------------------------------------------------- a model's file
 def model_file(name: str, beside: Path | None = None) -> ModuleType:
-    """The module of `--model NAME`: of the repository, the current folder, or the folder `beside`.
+    """Imports `--model NAME` from the repository, the current folder, or the folder `beside`.
 
-    Raises UserError where there is no such file or it lacks a part of SEAM. What the file itself
-    raises stays as it is.
+    Raises UserError if there is no such file or it lacks a part of SEAM. Errors that the file
+    itself raises are passed on.
     """
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts):
@@ -57,7 +57,8 @@ def model_file(name: str, beside: Path | None = None) -> ModuleType:
     files = [folder.joinpath(*parts).with_suffix(".py") for folder in folders]
     found = [file for file in files if file.is_file()]
     if not found:
-        raise UserError(f"--model {name}: there is no {files[0]} and no {files[1]}")
+        raise UserError(f"--model {name}: there is no {files[0]} and no {files[1]}; expected the "
+                        "name of a model's file, such as farmer or baselines.tarflow")
     known = sys.modules.get(name)
     if known is not None and getattr(known, "__file__", None) == str(found[0]):
         return known
@@ -66,7 +67,7 @@ def model_file(name: str, beside: Path | None = None) -> ModuleType:
             sys.path.append(str(folder))
     spec = importlib.util.spec_from_file_location(name, found[0])
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     missing = [part for part in SEAM if not hasattr(module, part)]
     if missing:
@@ -76,7 +77,7 @@ def model_file(name: str, beside: Path | None = None) -> ModuleType:
 
 
 def own_data(model: nn.Module):
-    """`open_images` of a loaded model's file, for data formats of its own, or None."""
+    """`open_images` of a loaded model's file, for its own data format, or None if it has none."""
     return getattr(sys.modules[model.model_name], "open_images", None)
 
 
@@ -85,10 +86,18 @@ def first_preset(module: ModuleType) -> str:
     return next(iter(module.PRESETS))
 
 
-def named_model(argv: list[str] | None) -> tuple[str, ModuleType]:
-    """The model a command line is about, before its flags are known: (name, module).
+def named_preset(argv: list[str] | None, module: ModuleType) -> str:
+    """The preset of a command line, found before its flags are known, else the default one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    preset = parser.parse_known_args(argv)[0].preset
+    return preset if preset in module.PRESETS else first_preset(module)
 
-    --model NAME, else the model of the first checkpoint in the line, else farmer.
+
+def named_model(argv: list[str] | None) -> tuple[str, ModuleType]:
+    """Which model a command line uses, found before its flags are known: (name, module).
+
+    It is --model NAME, else the model of the first checkpoint on the line, else farmer.
     """
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -106,7 +115,7 @@ def named_model(argv: list[str] | None) -> tuple[str, ModuleType]:
         try:
             with warnings.catch_warnings(action="ignore"):
                 name = read_checkpoint(file)["model"]
-        except UserError:  # another kind of .pt file; what opens it says what is wrong
+        except UserError:  # another kind of .pt file; the code that uses it reports errors
             continue
         return name, model_file(name, beside=file.parent)
     return DEFAULT_MODEL, model_file(DEFAULT_MODEL)
@@ -121,7 +130,7 @@ def build(name: str, config) -> nn.Module:
 
 # ----------------------------------------------------------------------------- checkpoints
 def checkpoint_path(path: str | Path) -> Path:
-    """A checkpoint, or a run's folder that holds ckpt.pt -> the file."""
+    """The file of a checkpoint, given as that file or as the folder of its run."""
     path = expanded(path)
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
@@ -135,21 +144,21 @@ def is_checkpoint(path: str) -> bool:
     path = expanded(path)
     try:
         return (path / "ckpt.pt").is_file() or (path.suffix == ".pt" and path.is_file())
-    except (OSError, ValueError):  # too long for a name, or no name at all: some flag's value
+    except (OSError, ValueError):  # too long for a path, or not a path: the value of some flag
         return False
 
 
 def save(path: str | Path, model: nn.Module, **extra) -> None:
     """Writes model, config, weights and `extra` (tensors and plain containers) to one file.
 
-    The file is complete or not there: when it cannot be written, an older one stays untouched.
+    The file is never half-written: if writing fails, an older one stays untouched.
     """
     write_checkpoint(path, model, model.state_dict(), extra)
 
 
 def write_checkpoint(path: str | Path, model: nn.Module, weights: dict[str, Tensor],
                      extra: dict) -> None:
-    """`save` with weights of one's choice, such as averages."""
+    """`save` with these weights instead of the model's, such as averages."""
     content = dict(
         format=FORMAT,
         version=VERSION,
@@ -173,22 +182,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     file = checkpoint_path(path)
     content = read_checkpoint(file)
     module = model_file(content["model"], beside=file.parent)
-    with reading(file, "use the code that wrote it, or a copy of it that is not damaged"):
+    with reading(file, "use the code that wrote it, or an undamaged copy"):
         model = from_weights(module, content["config"], content["weights"])
     model.model_name = content["model"]
     return model.to(device).eval(), content["extra"]
 
 
 def read_checkpoint(file: Path) -> dict:
-    """The content of a checkpoint. Raises UserError for a file that is damaged or not ours."""
+    """Reads a checkpoint's content. Raises UserError if the file is damaged or not a checkpoint."""
     with reading(file, "expected a checkpoint that train.py wrote"):
         with zipfile.ZipFile(file) as parts:
             damaged = parts.testzip()  # torch stores checksums but does not look at them
         if damaged:
-            raise UserError(f"{file}: {damaged} in it is damaged; use another copy")
+            raise UserError(f"{file}: its part {damaged} is damaged; use another copy")
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if content["format"] != FORMAT:
-            raise ValueError("another format")
+            raise ValueError("it has another format")
         if content["version"] != VERSION:
             raise UserError(f"{file}: checkpoint version {content['version']}, expected {VERSION}; "
                             "use the code that wrote it, or train again")
@@ -196,15 +205,15 @@ def read_checkpoint(file: Path) -> dict:
 
 
 def from_weights(module: ModuleType, config: dict, weights: dict[str, Tensor]) -> nn.Module:
-    """A model that holds these tensors. Weights in half precision become float32."""
+    """A model with these weights. Those in half precision become float32."""
     config = dict(config)
     config["sampling"] = module.Sampling(**config["sampling"])
-    with torch.device("meta"):  # no initialisation that would be overwritten
+    with torch.device("meta"):  # skips an initialisation that would be overwritten
         model = module.Model(module.Config(**config))
     full = {}
     for name, weight in weights.items():
         half = weight.dtype in (torch.bfloat16, torch.float16)
-        full[name] = weight.float() if half else weight.clone()  # no longer part of the file
+        full[name] = weight.float() if half else weight.clone()  # a copy, not mapped to the file
     model.load_state_dict(full, assign=True)
     return model
 
@@ -212,20 +221,20 @@ def from_weights(module: ModuleType, config: dict, weights: dict[str, Tensor]) -
 # ----------------------------------------------------------------------------- runs
 @dataclass
 class RunState:
-    """What a run's checkpoint holds beside the model: all that --resume needs, to the bit."""
+    """What a run's checkpoint holds besides the model, for --resume to be bit-identical."""
 
     preset: str  # name in the model's PRESETS
     training: dict  # train.py's settings
     distill: bool  # the weights in training are those of `model.distiller()`
     precision: str  # float32 or bfloat16, decided when the run began
-    classes: list | None = None  # names of the classes; None: numbers
-    digest: str = ""  # which images these are, wherever they lie
+    classes: list | None = None  # names of the classes; None: they are numbers
+    digest: str = ""  # identifies the images, wherever they are stored
     step: int = 0  # optimizer steps done; with the seed it fixes order, noise and label drops
     skipped: int = 0  # steps skipped because their gradient norm was an outlier
-    outliers: int = 0  # of them, the last ones in a row
+    outliers: int = 0  # how many steps in a row have been skipped just now
     norms: list = field(default_factory=list)  # gradient norms of the last 100 steps taken
     optimizer: list | None = None  # the state of each optimizer
-    raw_weights: dict | None = None  # with averaging: as trained; `weights` are the averages
+    raw_weights: dict | None = None  # with EMA: the trained weights; `weights` are the averages
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, RunState]:
@@ -239,11 +248,11 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.M
 
 
 class Diverged(UserError):
-    """Training diverged: its weights are not worth saving."""
+    """Raised when training diverges: its weights are then not worth saving."""
 
 
 class Checkpoint:
-    """ckpt.pt of a run in training: model, optimizers, averages and state, saved by rank 0."""
+    """Saves a run in training to ckpt.pt, on rank 0: model, optimizers, averages and state."""
 
     def __init__(self, out: Path, model: nn.Module, optimizers: list, ema, state: RunState,
                  keep: int, rank: int):
@@ -257,7 +266,7 @@ class Checkpoint:
         self.saved = state.step  # the step that the file holds
 
     def restore(self) -> None:
-        """Puts the optimizers' state and, with averaging, the raw weights back."""
+        """Restores the optimizers' state and, with EMA, the trained weights."""
         state = self.state
         with reading(self.file, "use an older checkpoint"):
             if self.ema is not None and state.raw_weights is not None:
@@ -268,13 +277,13 @@ class Checkpoint:
         state.raw_weights = None
 
     def save(self) -> None:
-        """Writes ckpt.pt, and ckpt-STEP.pt where some are kept."""
+        """Writes ckpt.pt and, with --keep, ckpt-STEP.pt."""
         if self.rank == 0:
             self.write()
         self.saved = self.state.step
 
     def write(self) -> None:
-        """What rank 0 does to save."""
+        """The part of `save` that only rank 0 does."""
         weights = self.model.state_dict()
         extra = dict(vars(self.state))
         extra["optimizer"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -286,7 +295,7 @@ class Checkpoint:
             self.keep_copy()
 
     def keep_copy(self) -> None:
-        """ckpt-STEP.pt beside ckpt.pt, and only the last `keep` of them."""
+        """Keeps ckpt.pt as ckpt-STEP.pt too, and deletes all but the last `keep` of these."""
         copy = self.file.with_name(f"ckpt-{self.state.step}.pt")
         copy.unlink(missing_ok=True)
         os.link(self.file, copy)  # the next save replaces ckpt.pt, not this one
@@ -297,7 +306,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def saving_on_error(self) -> Iterator[None]:
-        """When data or disk fail, what was trained is saved before the error is reported."""
+        """Context that saves what was trained if data or disk fail, and then reports the error."""
         try:
             yield
         except Diverged:
@@ -312,22 +321,22 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def run_directory(out: Path, resume: bool) -> Iterator[None]:
-    """Makes and locks a run's folder; takes an empty one away again when the start fails.
+    """Context that makes and locks a run's folder, and removes it if the run leaves no files.
 
-    Raises UserError when it cannot be written, another process trains in it, or it holds another
-    run's files.
+    Raises UserError if the folder cannot be written to, another process is training in it, or it
+    holds another run's files.
     """
-    if int(os.environ.get("RANK", 0)):  # rank 0 does it
+    if int(os.environ.get("RANK", 0)):  # only rank 0 does this
         yield
         return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
-        if fcntl is not None:  # ends with this process, even where its workers live on for a while
+        if fcntl is not None:  # released when this process ends, even if its workers live longer
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{out}: another process is training there; wait for it, or pass another "
+        raise UserError(f"{out}: another process is training in it; wait for it, or pass another "
                         "--out") from None
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); pass another --out"
@@ -336,14 +345,14 @@ def run_directory(out: Path, resume: bool) -> Iterator[None]:
         there = [name for name in RUN_FILES if (out / name).exists()]
         if there and not resume:
             raise UserError(f"{out} already holds files of a run ({', '.join(there)}); pass "
-                            "--resume to go on with it, or another --out")
-        for stale in out.glob("*.tmp"):  # of a save that was killed
+                            "--resume to continue it, or another --out")
+        for stale in out.glob("*.tmp"):  # left by a save that was killed
             stale.unlink()
         yield
     finally:
         lock.close()
         if not any((out / name).exists() for name in RUN_FILES):
             (out / ".lock").unlink()
-            with contextlib.suppress(OSError):  # somebody else's files are in it
+            with contextlib.suppress(OSError):  # a folder with other files in it stays
                 for folder in made:
                     folder.rmdir()

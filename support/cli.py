@@ -1,4 +1,4 @@
-"""What scripts share with their users: flags, one-line errors, progress, files written whole."""
+"""Command-line helpers of the scripts: flags, one-line errors, progress, safe file writing."""
 import argparse
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:
-    """Runs a script's main(argv). An error the user can fix is one line on stderr and exit code 2.
+    """Runs a script's main(argv); an error the user can fix prints one line and exits with code 2.
 
     Models raise plain ValueErrors for bad settings, so those count too. Any other exception is a
     bug and keeps its traceback; FARMER_DEBUG=1 shows the traceback of every error.
@@ -52,10 +52,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(path: str | Path, advice: str) -> Iterator[None]:
-    """The boundary around a file that somebody else wrote.
+    """Context for reading a file that somebody else wrote: any error becomes one UserError.
 
-    Whatever a library raises while `path` is read becomes one UserError with the file's name, the
-    cause and `advice`.
+    Its message holds `path`, the cause and `advice`.
     """
     try:
         yield
@@ -68,7 +67,7 @@ def reading(path: str | Path, advice: str) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------- flags
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, no abbreviated flags, and --some_flag = --some-flag."""
+    """argparse with one-line errors, no abbreviated flags, and --some_flag = --some-flag."""
 
     def __init__(self, **kwargs):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -105,7 +104,7 @@ def at_least(kind: type, least: float) -> Callable:
             raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    convert.__name__ = kind.__name__  # argparse's error shows it if the text is not a number
     return convert
 
 
@@ -120,11 +119,11 @@ def value_types(cls: type) -> dict[str, type]:
 
 
 def add_fields(group, cls: type, defaults=None) -> None:
-    """One flag for each field of a dataclass, with its help text and choices from the metadata.
+    """Adds a flag for each field of a dataclass, with the help text and choices in its metadata.
 
-    A flag that is not given reads None. The help shows the values of `defaults`, an instance.
-    Fields that are dataclasses themselves get no flag. Raises UserError where a field has the name
-    of a flag that the script has already.
+    A flag that is not given is None. The help shows the values of `defaults`, an instance. Fields
+    that are dataclasses themselves get no flag. Raises UserError if a field has the name of a flag
+    that the script already has.
     """
     kinds = value_types(cls)
     for field in dataclasses.fields(cls):
@@ -144,7 +143,7 @@ def add_fields(group, cls: type, defaults=None) -> None:
             group.add_argument(flag_of(field.name), **options)
         except argparse.ArgumentError:
             raise UserError(f"{cls.__module__}.{cls.__name__}: its field {field.name} has the name "
-                            "of a flag of this script; rename it") from None
+                            "of a flag of this script; rename the field") from None
 
 
 def given(args: argparse.Namespace, cls: type) -> dict:
@@ -155,7 +154,7 @@ def given(args: argparse.Namespace, cls: type) -> dict:
 
 # ----------------------------------------------------------------------------- progress
 class Progress:
-    """One line on stderr with the time left, rewritten in a terminal; silent for two seconds."""
+    """Prints the time left on stderr, in a terminal on one line; silent for two seconds."""
 
     def __init__(self, what: str, total: int, quiet: bool = False):
         self.what = what
@@ -193,10 +192,10 @@ def expanded(path: str | Path) -> Path:
 
 
 def write_file(path: str | Path, write: Callable) -> None:
-    """write(binary file object) into a temporary file that then takes the name `path`.
+    """Writes a file as a whole: write(file) fills a temporary file, which then becomes `path`.
 
-    So there is never a half-written file. Raises UserError when it cannot be written; an older
-    file of that name is then untouched.
+    So there is never a half-written file. If it cannot be written, this raises UserError and an
+    older file of that name stays untouched.
     """
     path = expanded(path)
     temporary = None
@@ -220,7 +219,7 @@ def write_file(path: str | Path, write: Callable) -> None:
 
 
 def check_writable(flag: str, path: str | Path) -> Path:
-    """The path, ~ expanded, once it is clear that a file can be made there: before the work."""
+    """Checks, before the work begins, that a file can be made there -> the path, ~ expanded."""
     path = expanded(path)
     if path.is_dir():
         raise UserError(f"{flag}: got {path}, which is a folder; expected the name of a file")
@@ -232,7 +231,7 @@ def check_writable(flag: str, path: str | Path) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/farmer, else ~/.cache/farmer."""
+    """The folder for downloads: $XDG_CACHE_HOME/farmer, else ~/.cache/farmer."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):
         raise UserError("there is no home folder to keep downloads in; set XDG_CACHE_HOME")

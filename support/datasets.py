@@ -1,16 +1,16 @@
-"""Where images come from: sets by name, folders, zips, .npz files, idx files, CIFAR-10's archive.
+"""Where images come from: named sets, folders, zips, .npz files, idx files, CIFAR-10's archive.
 
-`open_images` lists a source, `Images.read` decodes and crops one image. What is read is said in one
-line (`Images.summary`) and never guessed: a layout that is not one of these is an error that shows
-what was found.
+`open_images` lists a source, `Images.read` decodes and crops one image. Nothing is guessed: one
+line says what was read (`Images.summary`), and a layout that is not one of these is an error that
+shows what was found.
 
-    folder or .zip   images alone (no labels) or class folders; either also under train/ and test/
-                     or val/. A dataset.json (StyleGAN's and EDM's format) gives the labels instead
+    folder or .zip   images alone (no labels) or class folders; either may lie under train/ and
+                     test/ or val/. A dataset.json (StyleGAN's and EDM's format) gives the labels
     .npz             `images` (N, H, W) or (N, H, W, C) uint8 and `labels` (N,); or arr_0 and arr_1
     folder of .npy   images.npy, labels.npy and classes.json, as `batches.py prepare` writes them
     folder or .zip   with MNIST's idx files, .gz or not, or CIFAR-10's binary batches; its .tar.gz
 
-Folders around all of it are stepped into. A folder without images is no class.
+Outer folders that hold nothing else are stepped into. A folder without images is not a class.
 """
 import functools
 import gzip
@@ -40,18 +40,18 @@ CIFAR = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
 CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 TABLES = ("images.npy", "dataset.json", CIFAR_ARCHIVE)
 LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
-          "under train/ and under test/ or val/: move the others away")
+          "under train/ and under test/ or val/; move everything else away")
 
-# Damaged EXIF and the like; what keeps an image from being read raises an error.
+# About damaged EXIF and the like; an image that cannot be read raises an error instead.
 warnings.filterwarnings("ignore", module="PIL")
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # colour profiles may be larger than Pillow's 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # colour profiles may exceed Pillow's limit of 1 MiB
 
 
 # ----------------------------------------------------------------------------- one image
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, upright by its EXIF orientation; transparent parts are white.
+    """Converts any Pillow image to 8-bit RGB, turned upright by its EXIF data, on white.
 
-    16-bit pixels are divided by 256. ValueError where their range is unknown.
+    16-bit pixels are divided by 256. Raises ValueError if the range of the pixels is unknown.
     """
     deep = image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
     ImageOps.exif_transpose(image, in_place=True)
@@ -62,21 +62,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
         clear = grey == image.info.get("transparency", -1)
         grey = np.where(clear, 65535, grey.clip(0, 65535))
         image = Image.fromarray((grey >> 8).astype(np.uint8))
-    elif image.has_transparency_data:  # convert("RGB") would show the colours behind them
+    elif image.has_transparency_data:  # convert("RGB") would show the colours of clear pixels
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     rgb = image.convert("RGB")
     if deep and not rgb.getbbox():
-        raise ValueError("16 bits a pixel and all of them black, as if the file held values of 0 "
-                         "to 255; convert it to 8 bits")
+        raise ValueError("all of its 16-bit pixels are black, as if their values went from 0 to "
+                         "255; convert it to 8 bits")
     return rgb
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central size x size pixels as ADM cuts them.
+    """Resizes an image and cuts out the central size x size pixels, as ADM does.
 
-    Box filters halve the image while its short side is >= 2 size, then comes a bicubic filter.
+    Box filters halve it while its shorter side is at least 2 size; a bicubic filter does the rest.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -92,21 +92,21 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 class Images:
     """The images of one source in a fixed order: by name for files, as stored for arrays."""
 
-    path: str  # the folder that `names` are in
+    path: str  # the source; for files, the folder that `names` are in
     names: list[str]
     labels: np.ndarray | None = None  # (N,) int64
     classes: list[str] | None = None  # the name of each label; None: labels are numbers
     array: np.ndarray | None = None  # (N, H, W, C) uint8, C 1 or 3, where there are no files
-    enlarge: bool = False  # images smaller than the crop are enlarged
-    test: str | None = None  # the source of the test split, where there is one beside this
-    ignored: str = ""  # what else was found
+    enlarge: bool = False  # enlarge images that are smaller than the crop
+    test: str | None = None  # the source of the test split, if there is one beside this
+    ignored: str = ""  # what was found but not read
     files: list | None = None  # where each image is stored; None: in the folder `path`
 
     def __len__(self):
         return len(self.names)
 
     def stored(self, i: int) -> bytes:
-        """Image i as it is stored: its pixels or its file."""
+        """The bytes of image i as it is stored: its pixels or its file."""
         if self.array is not None:
             return self.array[i].tobytes()
         file = self.files[i] if self.files else os.path.join(self.path, self.names[i])
@@ -115,7 +115,7 @@ class Images:
     def read(self, i: int, size: int | None = None, channels: int = 3) -> np.ndarray:
         """Image i as uint8 RGB (H, W, 3), or with `size` its centre crop (size, size, channels).
 
-        One channel is luminance. A broken or too small image is a UserError that names it.
+        A single channel is luminance. Raises UserError for an image that is broken or too small.
         """
         name = os.path.join(self.path, self.names[i])
         with reading(name, "replace or remove it"):
@@ -137,7 +137,7 @@ class Images:
     def summary(self, test: "Images | None" = None) -> str:
         """What was read, in one line: the images, their classes, and what was ignored.
 
-        test: the opened test split, whose number of images is then named too.
+        test: the opened test split, whose number of images is then given too.
         """
         sizes = {self.read(i).shape[:2] for i in spread(len(self), 8)}
         height, width = min(sizes)
@@ -160,9 +160,9 @@ class Images:
         return f"in {len(each)} class{'es' * (len(each) > 1)} ({shortened(each, 12)})"
 
     def digest(self) -> str:
-        """A hash that tells which set this is, wherever it lies: names, labels and a sample.
+        """A hash of names, labels and a sample of the images: which set this is, wherever it lies.
 
-        The sample is evenly spread; of a small set it is all images.
+        The sample is spread evenly over the set; a set of up to 512 images is hashed as a whole.
         """
         labels = [] if self.labels is None else self.labels.tolist()
         shape = [] if self.array is None else self.array.shape[1:]
@@ -173,7 +173,7 @@ class Images:
 
 
 def spread(n: int, count: int) -> np.ndarray:
-    """Up to `count` different numbers in [0, n), evenly spaced, the first and the last included."""
+    """Up to `count` different numbers from 0 to n - 1, evenly spaced, first and last included."""
     return np.linspace(0, n - 1, min(n, count)).astype(np.int64)
 
 
@@ -202,9 +202,9 @@ def array_images(path: str, array, labels=None, classes: list[str] | None = None
 
 # ----------------------------------------------------------------------------- labels
 def check_labels(path: str, labels, num: int, num_classes: int = 0) -> np.ndarray:
-    """Labels as (num,) int64; UserError for anything but whole numbers from 0 to num_classes - 1.
+    """Checks that labels are `num` whole numbers from 0 to num_classes - 1 -> (num,) int64.
 
-    num_classes 0: there is no upper bound.
+    Raises UserError otherwise. num_classes 0: any number of classes.
     """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != (num,):
@@ -213,24 +213,25 @@ def check_labels(path: str, labels, num: int, num_classes: int = 0) -> np.ndarra
     low, high = int(labels.min()), int(labels.max())
     top = num_classes or 2**31
     if low < 0 or high >= top:
-        advice = "correct them, or --num-classes"
+        advice = "correct them, or pass a larger --num-classes"
         if low == 1:
-            advice = "subtract 1 from each, or give --num-classes if there is a class 0 too"
+            advice = "subtract 1 from each, or pass --num-classes if there is a class 0 too"
         raise UserError(f"{path}: labels go from {low} to {high}, expected 0 to {top - 1}; "
                         f"{advice}")
     return labels.astype(np.int64)
 
 
 def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> Images:
-    """The images with the labels of a model that has these classes; num_classes 0: with none.
+    """The same images, labelled as a model with these classes numbers them.
 
-    By name where both have names. Numbers stay as they are: they are never shifted. UserError
-    where the labels do not fit the model. classes None or []: the model's classes are numbers.
+    Classes are matched by name where both have names; numbers stay as they are and are never
+    shifted. classes None or []: the model's classes are numbers. num_classes 0: the labels are
+    dropped. Raises UserError if the labels do not fit the model.
     """
     labels = images.labels
     if num_classes == 0:
         return replace(images, labels=None, classes=None)
-    if labels is None and images.classes and classes:  # all images lie in one folder: a class
+    if labels is None and images.classes and classes:  # all images lie in one folder, their class
         labels = np.zeros(len(images), np.int64)
     if labels is None:
         raise UserError(f"{images.path} has no labels, but num_classes is {num_classes}; expected "
@@ -244,8 +245,8 @@ def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> I
         unknown = [name for name in names if name not in number]
         if unknown:
             known = shortened(classes or [str(k) for k in range(num_classes)])
-            raise UserError(f"{images.path} has classes that the model has not: "
-                            f"{shortened(unknown)}; expected {known}: rename or remove them")
+            raise UserError(f"{images.path} has classes that the model does not have: "
+                            f"{shortened(unknown)}; expected {known}; rename or remove them")
         labels = np.array([number.get(name, -1) for name in images.classes])[labels]
     labels = check_labels(images.path, labels, len(images), num_classes)
     return replace(images, labels=labels, classes=classes or None)
@@ -259,10 +260,10 @@ def open_images(
     enlarge: bool = False,
     own: Callable | None = None,
 ) -> Images:
-    """The images of `source`: of a set with two splits the training split, unless it ends in :test.
+    """Opens `source`; if it has two splits, the training split, unless it ends in :test.
 
-    A known name is always the set of that name; ./digits is a folder. size and channels are needed
-    to draw the digits alone. own: `open_images` of a model's file, for formats of its own.
+    A known name is always the set of that name; ./digits is a folder. Only the digits, which are
+    drawn, need size and channels. own: `open_images` of a model's file, for its own data format.
     """
     images = own(source) if own else None
     if images is not None:
@@ -274,7 +275,7 @@ def open_images(
     path = str(expanded(name))
     if name in ("digits", *KNOWN):
         if os.path.exists(name) and not split:
-            warn(f"{name} is the data set of that name; write ./{name} for the one in this folder")
+            warn(f"{name} is read as the data set of that name; write ./{name} for the local files")
     elif not name or not os.path.exists(path):
         raise UserError(f"--data: {name or 'an empty name'} does not exist; expected {known}")
     if name == "digits":
@@ -291,7 +292,7 @@ def open_images(
     chosen = split or ("train" if "train" in parts else "")
     if chosen not in parts:
         there = " or ".join(f"{name}:{part}" if part else name for part in parts)
-        raise UserError(f"{source} has no training split, or none of that name; write {there}")
+        raise UserError(f"{source}: no training split, or no split of that name; write {there}")
     images = replace(parts[chosen], enlarge=enlarge)
     if len(parts) == 2 and not split:
         images.test = f"{name}:test"
@@ -299,7 +300,7 @@ def open_images(
 
 
 def read_path(path: str) -> dict[str, Images]:
-    """The splits of a file or folder: train and test, or one without a name."""
+    """The splits of a file or folder: train and test, or a single one without a name."""
     name = path.lower()
     if os.path.isdir(path):
         return read_folder(list_folder(path))
@@ -312,7 +313,7 @@ def read_path(path: str) -> dict[str, Images]:
 
 
 def read_arrays(path: str, arrays: dict, classes: list[str] | None = None) -> Images:
-    """Images from arrays with the names that an .npz gives them."""
+    """Images from named arrays, those of an .npz or of .npy files."""
     pixels = "images" if "images" in arrays else "arr_0"
     labels = "labels" if "labels" in arrays or pixels == "images" else "arr_1"
     if pixels not in arrays:
@@ -322,7 +323,7 @@ def read_arrays(path: str, arrays: dict, classes: list[str] | None = None) -> Im
     for name, other in arrays.items():
         scores = other.dtype.kind == "f" and (other % 1).any()
         if other.shape[:1] == (len(images),) and not scores:
-            raise UserError(f"{path}: its array {name} has an entry for each image and is not "
+            raise UserError(f"{path}: its array {name} has an entry for each image, but is not "
                             "read; call it labels if it holds the labels, or else remove it")
     images.ignored = ", ".join(f"array {name}" for name in arrays)
     return images
@@ -331,14 +332,14 @@ def read_arrays(path: str, arrays: dict, classes: list[str] | None = None) -> Im
 # ----------------------------------------------------------------------------- files
 @dataclass
 class Folder:
-    """A folder on disk or in an archive. Files map to where they are stored: see `read_file`."""
+    """A folder on disk or in an archive. `files` maps names to what `read_file` takes."""
 
     path: str
     files: dict[str, str | tuple | bytes] = field(default_factory=dict)
     folders: dict[str, "Folder"] = field(default_factory=dict)
 
     def images(self, prefix: str = "") -> dict:
-        """All images in it, at any depth, sorted by name."""
+        """All images in the folder, at any depth, sorted by name: {name: file}."""
         found = {prefix + name: file for name, file in self.files.items() if IMAGE.fullmatch(name)}
         for name, folder in self.folders.items():
             found |= folder.images(f"{prefix}{name}/")
@@ -354,7 +355,7 @@ class Folder:
 
 
 def read_file(file: str | tuple | bytes) -> bytes:
-    """A file by its path, by the path of a zip and its name in there, or the content itself."""
+    """The content of a file, given by its path, by (zip, name in it), or as the content itself."""
     if isinstance(file, bytes):
         return file
     if isinstance(file, tuple):
@@ -363,7 +364,7 @@ def read_file(file: str | tuple | bytes) -> bytes:
 
 
 def list_folder(path: str | Path, above: tuple = ()) -> Folder:
-    """A folder on disk. A link to a folder that it lies in, those in `above`, is not followed."""
+    """Lists a folder on disk. A link to one of the folders around it, `above`, is not followed."""
     folder = Folder(str(path))
     real = os.path.realpath(path)
     if real in above or is_hidden(os.path.basename(path)) and above:
@@ -378,12 +379,12 @@ def list_folder(path: str | Path, above: tuple = ()) -> Folder:
 
 @functools.lru_cache(maxsize=4)
 def open_zip(path: str, process: int) -> zipfile.ZipFile:
-    """The archive, opened once in each process: forked ones would share its place in the file."""
+    """Opens a zip once per process, as forked processes would share the position in the file."""
     return zipfile.ZipFile(path)
 
 
 def list_zip(path: str) -> Folder:
-    """A zip. \\ in its names is read as /; empty parts, . and a leading / are left out."""
+    """Lists a zip. \\ in its names is read as /; empty parts, . and a leading / are left out."""
     open_zip.cache_clear()
     root = Folder(path)
     for stored in sorted(open_zip(path, os.getpid()).namelist()):
@@ -399,7 +400,7 @@ def list_zip(path: str) -> Folder:
 
 
 def list_tar(path: str) -> Folder:
-    """CIFAR-10's batches in a tar."""
+    """Reads CIFAR-10's batches from a tar file."""
     folder = Folder(path)
     with tarfile.open(path) as archive:
         for member in archive:
@@ -410,7 +411,7 @@ def list_tar(path: str) -> Folder:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether systems, storage boxes and archivers leave such names behind: .git, @eaDir."""
+    """Whether systems, NAS boxes or archivers leave files of such names behind: .git, @eaDir."""
     return name.startswith((".", "_", "@", "$")) or name in ("Thumbs.db", "lost+found")
 
 
@@ -420,9 +421,9 @@ def is_data(name: str) -> bool:
 
 
 def sift(folder: Folder, left_out: list[str], others: list[str], place: str = "") -> None:
-    """Takes away what is no data: hidden names, the runs of train.py, empty folders, other files.
+    """Removes what is not data: hidden names, runs of train.py, empty folders and other files.
 
-    left_out and others are told of folders and files. A run is a folder with ckpt.pt or log.jsonl.
+    left_out collects the folders, others the files. A run is a folder with ckpt.pt or log.jsonl.
     """
     if "ckpt.pt" in folder.files or "log.jsonl" in folder.files:
         left_out.append(f"run {place.rstrip('/') or '.'}")
@@ -445,7 +446,7 @@ def sift(folder: Folder, left_out: list[str], others: list[str], place: str = ""
 
 # ----------------------------------------------------------------------------- layouts
 def read_folder(root: Folder) -> dict[str, Images]:
-    """The splits in a folder or an archive: train and test, or one without a name."""
+    """The splits in a folder or an archive: train and test, or a single one without a name."""
     left_out = []
     others = []
     sift(root, left_out, others)
@@ -455,7 +456,7 @@ def read_folder(root: Folder) -> dict[str, Images]:
         left_out.insert(0, f"{counted(others, 'file')} ({shortened(sorted(endings))}){hidden}")
     if not (root.files or root.folders):
         found = ", ".join(left_out) or "nothing"
-        raise UserError(f"{root.path} holds no images but {found}; {LAYOUT}")
+        raise UserError(f"{root.path} holds no images; found: {found}; {LAYOUT}")
     folder = stepped_into(root)
     tables = [name for name in folder.files if not IMAGE.fullmatch(name)]
     if tables and folder.folders and tables != ["dataset.json"]:
@@ -472,7 +473,7 @@ def read_folder(root: Folder) -> dict[str, Images]:
             parts[split] = read_part(stepped_into(part))
         classes = [name for part in parts.values() for name in part.classes or []]
         classes = list(dict.fromkeys(classes))
-        if len(classes) > 1:  # the same numbers in both splits
+        if len(classes) > 1:  # give a class the same number in both splits
             parts = {k: labels_for(part, classes, len(classes)) for k, part in parts.items()}
     for part in parts.values():
         part.ignored = ", ".join(filter(None, [*left_out, part.ignored]))
@@ -480,7 +481,7 @@ def read_folder(root: Folder) -> dict[str, Images]:
 
 
 def stepped_into(folder: Folder) -> Folder:
-    """Without the folders around it; a single folder of images is not stepped into."""
+    """The folder inside outer folders that hold nothing else; a folder of images is kept as one."""
     while len(folder.folders) == 1 and not folder.files:
         inner = next(iter(folder.folders.values()))
         if all(map(IMAGE.fullmatch, inner.files)) and not inner.folders:
@@ -521,21 +522,21 @@ def read_part(folder: Folder) -> Images:
         if deeper or folder.files or are_shards(images.names):
             raise folder.unexpected()
         images.classes = in_order(folder.folders)
-        if len(images.classes) > 1:  # of a single folder the name may say nothing
+        if len(images.classes) > 1:  # the name of a single folder may mean nothing
             number = {name: k for k, name in enumerate(images.classes)}
             images.labels = np.array([number[name.split("/")[0]] for name in images.names])
     return images
 
 
 def in_order(names) -> list[str]:
-    """Sorted; by number where all of them are numbers."""
+    """The names sorted, as numbers if all of them are numbers."""
     if all(name.isdecimal() for name in names):
         return sorted(names, key=int)
     return sorted(names)
 
 
 def are_shards(names: list[str]) -> bool:
-    """Whether folders are parts of one set: 00000/00999.png is followed by 01000/01000.png."""
+    """Whether folders are parts of one set, not classes: 00000/00999.png, then 01000/01000.png."""
     found = [re.fullmatch(r"\d{3,}/.*?(\d+)\.\w+", name) for name in names]
     if not all(found) or names[0].split("/")[0] == names[-1].split("/")[0]:
         return False
@@ -544,7 +545,7 @@ def are_shards(names: list[str]) -> bool:
 
 
 def json_labels(folder: Folder, names: list[str]) -> np.ndarray | None:
-    """The labels in dataset.json, {"labels": [[name, label], ...]}; null: there are none."""
+    """The labels in dataset.json, {"labels": [[name, label], ...]}; None if it says null."""
     path = f"{folder.path}/dataset.json"
     with reading(path, 'expected {"labels": [[name, label], ...]} with all images; correct it'):
         pairs = json.loads(read_file(folder.files["dataset.json"]))["labels"]
@@ -556,7 +557,7 @@ def json_labels(folder: Folder, names: list[str]) -> np.ndarray | None:
 
 # ----------------------------------------------------------------------------- idx and CIFAR-10
 def read_idx(folder: Folder) -> dict[str, Images]:
-    """MNIST's format."""
+    """The splits in idx files, MNIST's format."""
     parts = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         if any(name.startswith(prefix) for name in folder.files):
@@ -567,10 +568,10 @@ def read_idx(folder: Folder) -> dict[str, Images]:
 
 
 def idx_array(folder: Folder, stem: str) -> np.ndarray:
-    """The array in the file that begins so; of a packed and an unpacked one it is the latter."""
+    """The array in the file whose name begins with `stem`, unpacked if there is also a .gz."""
     names = [name for name in folder.files if name.startswith(stem)]
     if not names:
-        raise UserError(f"{folder.path} has no {stem}-idx file beside the others; put it there")
+        raise UserError(f"{folder.path} has no {stem}-idx file beside the others; add it")
     with reading(f"{folder.path}/{names[0]}", "expected an idx file of 8-bit numbers; replace it"):
         content = read_file(folder.files[names[0]])
         if content[:2] == b"\x1f\x8b":
@@ -583,7 +584,7 @@ def idx_array(folder: Folder, stem: str) -> np.ndarray:
 
 
 def read_cifar(folder: Folder) -> dict[str, Images]:
-    """CIFAR-10's binary version: records of a label and the three planes of an image."""
+    """The splits in CIFAR-10's binary batches: records of a label and an image's three planes."""
     batches = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
     parts = {}
     for split, names in batches.items():
@@ -601,17 +602,17 @@ def read_cifar(folder: Folder) -> dict[str, Images]:
         parts[split] = array_images(folder.path, array, records[:, 0], KNOWN["cifar10"].classes)
     if not parts:
         raise UserError(f"{folder.path} holds no binary batches of CIFAR-10; expected those of "
-                        f"{CIFAR_ARCHIVE} (the python version is code): download it")
+                        f"{CIFAR_ARCHIVE}, not the Python version, which holds code; download it")
     return parts
 
 
 # ----------------------------------------------------------------------------- sets by name
 @dataclass(frozen=True)
 class Known:
-    """A data set with a name."""
+    """A data set that has a name: where to download it, and its classes."""
 
     address: str
-    files: dict[str, str]  # -> sha256
+    files: dict[str, str]  # {file: its sha256}
     classes: list[str]
 
 
@@ -654,13 +655,13 @@ KNOWN = {
 
 
 def fetch(name: str) -> Path:
-    """The folder with the data set `name`; files that are not there are downloaded and checked."""
+    """The folder with the data set `name`; missing files are downloaded and checked."""
     folder = cache_directory() / name
     with reading(folder, "set XDG_CACHE_HOME to a folder that can be written to"):
         folder.mkdir(parents=True, exist_ok=True)
     there = [file for file in os.listdir(folder) if not file.endswith(".tmp")]
     for file, sha256 in KNOWN[name].files.items():
-        stem = file.partition("-idx")[0]  # the user's own may have another ending
+        stem = file.partition("-idx")[0]  # the user's own file may have another ending
         if not any(found.startswith(stem) for found in there):
             receive = functools.partial(download, KNOWN[name].address + file, sha256, folder)
             write_file(folder / file, receive)
@@ -668,7 +669,7 @@ def fetch(name: str) -> Path:
 
 
 def download(url: str, sha256: str, folder: Path, file) -> None:
-    """Writes what is at the address into the open file; UserError where it has another sha256."""
+    """Downloads `url` into the open file. Raises UserError if its sha256 is another."""
     digest = hashlib.sha256()
     advice = f"try again, or put {url.rpartition('/')[2]} into {folder}"
     with reading(url, advice), urllib.request.urlopen(url, timeout=30) as reply:
@@ -679,12 +680,16 @@ def download(url: str, sha256: str, folder: Path, file) -> None:
             file.write(block)
             progress(file.tell() >> 20)
         if digest.hexdigest() != sha256:
-            raise ValueError(f"{file.tell():,} bytes with the sha256 {digest.hexdigest()}")
+            raise ValueError(f"got {file.tell():,} bytes with the sha256 {digest.hexdigest()}, "
+                             f"expected the sha256 {sha256}")
 
 
 # ----------------------------------------------------------------------------- built-in digits
 def draw_digit(label: int, size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """A light digit on a dark ground, in random colours, height, place and slant."""
+    """Draws a light digit on a dark background, with random colours, size, place and slant.
+
+    Returns (size, size, channels) uint8.
+    """
     big = 4 * size
     ink = tuple(rng.integers(150, 256, 3).tolist())
     ground = tuple(rng.integers(0, 90, 3).tolist())
@@ -703,10 +708,10 @@ def draw_digit(label: int, size: int, channels: int, rng: np.random.Generator) -
 
 @functools.lru_cache(maxsize=4)
 def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
-    """Drawn digits, classes in turn; image i depends on (seed, i) alone."""
+    """Draws `num` digits, all classes in turn; image i depends on (seed, i) alone."""
     if size is None:
-        raise UserError("the digits are drawn at a model's size, which is not known here; pass a "
-                        "file of images")
+        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
+                        "other images instead")
     labels = np.arange(num) % 10
     progress = Progress(f"drawing digits of {size}x{size}", num)
     array = np.empty((num, size, size, channels), np.uint8)

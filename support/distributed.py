@@ -1,6 +1,6 @@
-"""What torchrun changes: device, joining and leaving, DDP, sharing work, a mean and a gather.
+"""Several processes under torchrun: device, joining and leaving, DDP, sharing work, a gather.
 
-Each function does the obvious thing in a process that stands alone.
+Without torchrun, each function does the obvious thing for a single process.
 """
 import contextlib
 import datetime
@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.cli import UserError
 
-# Of one exchange between processes: rank 0 may draw or save while the others wait.
+# Limit for one exchange between processes; it is long, as some may wait while others draw or save.
 TIMEOUT = datetime.timedelta(hours=6)
 MESSAGE = 2**26  # bytes of one message in `gather`
 
 
 # ----------------------------------------------------------------------------- devices
 def pick_device(name: str) -> torch.device:
-    """auto = a CUDA GPU when there is one; under torchrun each process takes its own.
+    """The device for --device; auto is a CUDA GPU if there is one, one per process under torchrun.
 
     MPS is not supported: it lacks float64, which mixtures and determinants use.
     """
@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError("--device: got cuda, but this PyTorch sees no CUDA GPU; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False  # exact means exact
+    torch.backends.cuda.matmul.allow_tf32 = False  # the inverse and the density are to be exact
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -38,10 +38,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """GPUs from Ampere on and CPUs with AMX or AVX512-BF16; elsewhere bf16 is emulated, slowly."""
+    """Whether the device has native bf16: GPUs from Ampere on, CPUs with AMX or AVX512-BF16.
+
+    Elsewhere it is emulated, slowly.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: they may go
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: they may disappear
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
@@ -54,7 +57,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def training_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """A training pass, forward and backward: autocast where precision is bfloat16.
+    """Context of a training pass, forward and backward: autocast if precision is bfloat16.
 
     What autocast leaves in float32 may then use a GPU's TF32. Evaluation and sampling never do.
     """
@@ -70,7 +73,7 @@ def training_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------- processes
 def join(device: torch.device) -> tuple[int, int]:
-    """(rank, processes). Joins the process group when torchrun started this process."""
+    """Joins the process group if torchrun started this process -> (rank, number of processes)."""
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -78,21 +81,24 @@ def join(device: torch.device) -> tuple[int, int]:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(0, 1) outside torchrun."""
+    """This process's rank and the number of processes: (0, 1) outside torchrun."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def leave() -> None:
-    """Ends the process group. A process that exits while another talks to it may abort that one."""
+    """Waits for the other processes and leaves the group.
+
+    A process that exits while another is still talking to it may abort that one.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def share(num: int) -> range:
-    """This process's part of 0 ... num - 1: neighbours, in the order of ranks."""
+    """This process's part of 0 ... num - 1: consecutive numbers, in the order of ranks."""
     rank, world = rank_and_world()
     return range(rank * num // world, (rank + 1) * num // world)
 
@@ -110,7 +116,7 @@ def parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def accumulating(module: nn.Module, more: bool):
-    """Context of a pass: while `more` follow in this step, gradients are not exchanged yet."""
+    """Context of a pass: gradients are not exchanged while `more` passes of this step follow."""
     if more and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
@@ -139,8 +145,8 @@ def max_over_processes(values: Tensor) -> Tensor:
 def gather(array: np.ndarray, device: torch.device) -> list[np.ndarray]:
     """Every process's array (n, ...), in the order of ranks, on rank 0; [] elsewhere.
 
-    Arrays may differ in n. They travel in messages of 64 MiB, through the GPU under NCCL: 50,000
-    images do not fit into a single one.
+    Arrays may differ in n. They are sent in messages of 64 MiB, with NCCL through the GPU, since
+    50,000 images do not fit into a single one.
     """
     rank, world = rank_and_world()
     arrays = [array] if rank == 0 else []

@@ -22,15 +22,15 @@ from support.distributed import gather, rank_and_world, share
 from support.inception import WEIGHTS_SHA256, Inception
 from support.sampling import default_labels, sample_images
 
-KEPT = 50_000  # precision, recall and the Inception Score use at most so many images of a source
+KEPT = 50_000  # precision, recall and the Inception Score use at most this many of a source
 
 
 # ----------------------------------------------------------------------------- feature networks
 class ScriptFeatures:
     """A TorchScript module that maps images (N, channels, H, W) float in [-1, 1] to (N, D).
 
-    The module's attribute `channels` says what it reads: 3 for RGB, which is the default, or 1
-    for luminance. The file is a program: opening it runs what is in it.
+    The module's attribute `channels` says what it reads: 3 for RGB, the default, or 1 for
+    luminance. The file is a program, which runs when it is opened.
     """
 
     def __init__(self, path: str, device: torch.device):
@@ -48,7 +48,7 @@ class ScriptFeatures:
         if self.channels == 1:
             images = luminance(images)
         advice = (f"its module was given {tuple(images.shape)} and must return (N, D) features; "
-                  "one for luminance has an attribute channels = 1")
+                  "a module for luminance needs an attribute channels = 1")
         with reading(self.path, advice):
             try:
                 features = self.module((images.float() / 127.5 - 1).contiguous())
@@ -60,7 +60,7 @@ class ScriptFeatures:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """RGB (N, 3, H, W) uint8 -> (N, 1, H, W) uint8, to the bit what Pillow's convert("L") does."""
+    """RGB (N, 3, H, W) uint8 -> (N, 1, H, W) uint8, exactly as Pillow's convert("L") does it."""
     r, g, b = images.int().unbind(1)
     return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).to(torch.uint8)[:, None]
 
@@ -68,13 +68,13 @@ def luminance(images: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- statistics
 @dataclass
 class Statistics:
-    """Mean and covariance of features and, where they come from images, the features."""
+    """Mean and covariance of features and, if they come from images, the features themselves."""
     path: str
     name: str  # of the feature network
     digest: str | None  # of its file; None: unknown
     mu: np.ndarray  # (D,)
     sigma: np.ndarray  # (D, D)
-    num: int | None = None  # of images behind them; None: unknown
+    num: int | None = None  # how many images; None: unknown
     pool: Tensor = torch.empty(0)  # (min(N, KEPT), D), in a random order, the same every time
 
 
@@ -83,7 +83,7 @@ def read_statistics(path: str, arrays) -> Statistics:
     mu = arrays["mu"].astype(np.float64)
     sigma = arrays["sigma"].astype(np.float64)
     if sigma.shape != (len(mu), len(mu)) or not np.isfinite([mu.sum(), sigma.sum()]).all():
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are not (D,) and (D, D), finite")
+        raise ValueError(f"got mu {mu.shape}, sigma {sigma.shape}, expected finite (D,), (D, D)")
     statistics = Statistics(path, "unknown features", None, mu, sigma)
     if len(mu) == 2048:  # the files of pytorch-fid and ADM do not say that they are Inception's
         statistics.name = Inception.name
@@ -109,11 +109,11 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
 # ----------------------------------------------------------------------------- sources of images
 @dataclass
 class Source:
-    """SAMPLES or REFERENCE: images that are still to be read or drawn, statistics, or both."""
+    """SAMPLES or REFERENCE: images still to be read or drawn, statistics, or both."""
     path: str
     summary: str  # what was found
     statistics: Statistics | None = None
-    num: int = 0  # of images
+    num: int = 0  # how many images
     shape: tuple[int, ...] | None = None  # of an image: (H, W, C)
     batches: Iterable | None = None  # of this process: numbers (b,), uint8 images (b, H, W, C)
 
@@ -158,7 +158,7 @@ def open_samples(path: str, model, options, num: int, seed: int, batch_size: int
 def measure(source: Source, network, device: torch.device) -> Statistics | None:
     """The statistics of a source, on the first process; None on the others.
 
-    Those in an npz file are taken first, as ADM's evaluator does, if `network` made them.
+    If an npz file has some that `network` made, these are used, as in ADM's evaluator.
     """
     known = source.statistics
     if source.batches is None:
@@ -194,7 +194,7 @@ def features_of(source: Source, network, device: torch.device) -> np.ndarray:
             continue
         if images.shape[1:3] != source.shape[:2]:
             raise UserError(f"{source.path} holds images of different sizes (H, W): "
-                            f"{source.shape[:2]}, {images.shape[1:3]}; bring them to one")
+                            f"{source.shape[:2]}, {images.shape[1:3]}; resize them to one size")
         images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
         h = network(images.expand(-1, 3, -1, -1)).cpu().numpy()  # grey becomes RGB
         finite = np.isfinite(h).all(1)

@@ -41,7 +41,7 @@ class Conv(nn.Module):
 
 
 POOLS = {
-    # In TensorFlow's average the padding does not count.
+    # As in TensorFlow, the padding does not count in the average.
     "avg": lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False),
     "max": lambda h: F.max_pool2d(h, 3, 1, 1),
     "max2": lambda h: F.max_pool2d(h, 3, 2),
@@ -51,7 +51,7 @@ POOLS = {
 class Branches(nn.Module):
     """Branches on the same input, their outputs concatenated along the channels.
 
-    A branch is a text of steps that run in order. A step is the name of a pool, or
+    A branch is a string of steps that run in order. A step is the name of a pool, or
     `name:channels:kernel` for a Conv of that name, or `a|b` for two Convs on the same input whose
     outputs are concatenated.
     """
@@ -150,7 +150,7 @@ MIXED = {  # (N, 192, 35, 35) -> 5d (N, 288, 35, 35) -> 6e (N, 768, 17, 17) -> 7
 class Inception(Branches):
     """Inception-v3 as FID defines it: images (N, 3, H, W) uint8 -> (N, 2048) float32.
 
-    Parameters have the names of the weight file, which keeps the stem's at the top level; hence
+    Parameters have the names in the weight file, where those of the stem are at the top level; so
     the stem is this module's own, single branch.
     """
 
@@ -185,7 +185,7 @@ class Inception(Branches):
 
 # ----------------------------------------------------------------------------- its weights
 def load_inception(path: str | None = None) -> Inception:
-    """The Inception with pytorch-fid's weights: from `path`, or downloaded once and cached."""
+    """The Inception network with pytorch-fid's weights, from `path` or downloaded once."""
     file = expanded(path) if path else cache_directory() / WEIGHTS_URL.rpartition("/")[2]
     if not path and not file.exists():
         download_weights(file)
@@ -205,7 +205,7 @@ def check_weights(content: bytes) -> None:
 
 def download_weights(file: Path) -> None:
     print("downloading the weights of FID's Inception, 91 MiB", file=sys.stderr, flush=True)
-    with reading(WEIGHTS_URL, "get it another way and pass it with --weights PATH"):
+    with reading(WEIGHTS_URL, "download it in another way and pass it with --weights PATH"):
         with urllib.request.urlopen(WEIGHTS_URL, timeout=30) as response:
             content = response.read()
         check_weights(content)

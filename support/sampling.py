@@ -13,7 +13,7 @@ from support.cli import Progress, UserError, warn
 from support.distributed import gather, share, sum_over_processes
 from support.training import prepare_layers
 
-COMPILE_FROM = 1000  # images for one GPU: fewer are drawn before compiling is done
+COMPILE_FROM = 1000  # images per GPU: drawing fewer takes less time than compiling
 
 
 # ----------------------------------------------------------------------------- drawing images
@@ -21,9 +21,9 @@ def sample_images(
     model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, start: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-    """Draws an image for each label; options is the model's Sampling.
+    """Draws an image for each label; options is an instance of the model's Sampling.
 
-    Yields batches: numbers (b,) int64, images (b, H, W, C) uint8, and the same as floats
+    Yields batches: numbers (b,) int64, images (b, H, W, C) uint8, and the same images as floats
     (b, C, H, W). Image i depends on (seed, start + i) and its label alone, not on batch_size.
     Images that are not finite are left out; a warning at the end counts them.
     """
@@ -45,7 +45,7 @@ def sample_images(
         if progress is not None:
             progress(i + len(y))
     if lost:
-        warn(f"{lost} of {len(labels)} samples were not finite and are left out: has the model "
+        warn(f"{lost} of {len(labels)} samples were not finite and are left out; has the model "
              "diverged?")
 
 
@@ -59,7 +59,7 @@ def default_labels(num: int, num_classes: int) -> Tensor:
 
 
 def picture_classes(num_classes: int) -> list[int]:
-    """The rows of a picture: all classes, or ten of more than twenty; [0] without classes."""
+    """The classes to show in a picture: all, or ten if there are more than 20; [0] without any."""
     if num_classes > 20:
         return [i * num_classes // 10 for i in range(10)]
     return list(range(max(num_classes, 1)))
@@ -79,7 +79,7 @@ def class_names(classes: list[int], names: list[str] | None, num_classes: int) -
 
 
 def check_options(options, extra: dict) -> None:
-    """Compares --denoise with the noise that a checkpoint's training ended with (`extra`)."""
+    """Checks --denoise against the noise that training ended with, which `extra` records."""
     sigma = getattr(options, "denoise", 0)
     training = extra.get("training")
     if not sigma or not training:
@@ -87,10 +87,10 @@ def check_options(options, extra: dict) -> None:
     if training["noise"] != "gaussian":
         raise UserError(f"--denoise: got {sigma}, but this model was trained with "
                         f"{training['noise']} noise; expected 0, since only gaussian noise of a "
-                        "known std can be taken off")
+                        "known std can be removed")
     if sigma != training["noise_end"]:
         warn(f"--denoise: got {sigma}, but training ended with noise of std "
-             f"{training['noise_end']}, which is what it should take off")
+             f"{training['noise_end']}; expected that value")
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -126,9 +126,9 @@ def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
 
 
 def sample_grid(model: nn.Module, seed: int, names: list[str] | None = None) -> Image.Image | None:
-    """A picture of samples, ten of a class in a row, as the model's config says.
+    """A picture of samples, a row of ten for each class, drawn as the model's config says.
 
-    Under torchrun every process makes its share and rank 0 gets the picture; the others None. An
+    Under torchrun every process draws its share; rank 0 gets the picture and the others None. An
     image that is not finite stays black.
     """
     c = model.config
@@ -154,15 +154,15 @@ def evaluate(model: nn.Module, dataset: ImageDataset, noise: str, sigma: float,
     """Likelihood of a data set, or of `num` images spread over it, in float32, over all processes.
 
     nats_per_dim and the parts of `model.log_prob` are negative log-likelihoods, logdet is
-    log|det|; all are divided by the D numbers of an image. Each image has its own fixed noise.
-    bits/dim is given for uniform noise alone (rgb ends as that): there it bounds that of the 8-bit
-    data. Raises UserError for a model without log_prob, or without noise.
+    log|det|; all are divided by D, the number of values of an image. Each image has its own fixed
+    noise. bits_per_dim is given only for uniform noise (rgb ends as that), where it is an upper
+    bound for the 8-bit data. Raises UserError for a model without log_prob, or without noise.
     """
     if not hasattr(model, "log_prob"):
         raise UserError(f"{model.model_name} has no likelihood; score its samples with fid.py")
     if noise == "none":
-        raise UserError("--noise: got none, expected gaussian or uniform: 8-bit values alone have "
-                        "no density")
+        raise UserError("--noise: got none, expected gaussian or uniform, since 8-bit values "
+                        "without noise have no density")
     if noise == "rgb":
         noise = "uniform"
     device = device_of(model)
@@ -185,7 +185,8 @@ def evaluate(model: nn.Module, dataset: ImageDataset, noise: str, sigma: float,
         sums = both if i == 0 else sums + both
         progress(i + len(part))
     if not len(mine):
-        raise UserError(f"{len(places)} held-out images are fewer than the processes; start fewer")
+        raise UserError(f"got {len(places)} images, expected one for each process or more; start "
+                        "fewer processes")
     n = len(places)
     mean, square = (sum_over_processes(sums).cpu() / n).unbind()
     total = log_p._fields.index("total")
@@ -203,5 +204,5 @@ def evaluate(model: nn.Module, dataset: ImageDataset, noise: str, sigma: float,
 
 
 def bits_per_dim(nats_per_dim):
-    """Of the 8-bit data, from the density of x = (x_int + u)/128 - 1: log2(128) = 7 bits more."""
+    """Bits for the 8-bit data from nats for x = (x_int + u)/128 - 1: log2(128) = 7 bits more."""
     return nats_per_dim / math.log(2) + 7

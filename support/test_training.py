@@ -204,15 +204,17 @@ def test_a_signal_ignored_at_the_start_stays_ignored():
 
 def test_the_log_drops_what_came_after_its_checkpoint(tmp_path, capsys):
     file = tmp_path / "log.jsonl"
-    file.write_text('{"step": 1, "a": 2}\n{"step": 5, "a": 3}\n{"step": 6, "a"')
+    kept = '{"step": 1, "a": 2, "minutes": 7.0}\n'
+    file.write_text(kept + '{"step": 5, "a": 3, "minutes": 8.0}\n{"step": 6, "a"')
     log = training.Log(tmp_path, start=4, steps=10, rank=0)
     log.add({"a": torch.tensor([1.0, 3.0])})
     log.add({"a": torch.tensor([4.0, 4.0])})
     log.report(6, batch_size=8, last={"lr": 0.5})
     first, second = [json.loads(line) for line in file.read_text().splitlines()]
-    assert first == {"step": 1, "a": 2}
+    assert first == {"step": 1, "a": 2, "minutes": 7.0}
     assert second["step"] == 6 and second["a"] == 3 and second["lr"] == 0.5
     assert second["images_per_s"] > 0
+    assert second["minutes"] == pytest.approx(7 + 2 * 8 / second["images_per_s"] / 60)
     assert capsys.readouterr().out.startswith("step 6/10  a 3  lr 0.5  images_per_s ")
 
 

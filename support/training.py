@@ -21,9 +21,9 @@ from support.distributed import bf16_is_fast, max_over_processes, mean_over_proc
 # ----------------------------------------------------------------------------- optimizers
 def optimizers(net: nn.Module, name: str, lr: float,
                weight_decay: float) -> list[torch.optim.Optimizer]:
-    """[AdamW], or for "muon" [AdamW, Muon] with Muon for the matrices of the model's layers.
+    """The optimizers: [AdamW], or for "muon" [AdamW, Muon], Muon for the matrices of the layers.
 
-    Weight decay is for matrices, tables of embeddings among them, not for biases and norms.
+    Weight decay applies to matrices, including embeddings, but not to biases and norms.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     matrices = [p for p in params if p.dim() >= 2]
@@ -32,8 +32,8 @@ def optimizers(net: nn.Module, name: str, lr: float,
     if name == "muon":
         inside = {p for layer in layers_of(net) for p in layer.parameters() if p.dim() == 2}
         if not inside:
-            raise UserError("--optimizer: muon is for the matrices of a model's layers(), and this "
-                            "model names none; use adamw")
+            raise UserError("--optimizer: got muon, which is for the matrices in a model's "
+                            "layers(), but this model has none; use adamw")
     groups = [
         dict(params=[p for p in matrices if p not in inside], weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
@@ -49,7 +49,7 @@ def optimizers(net: nn.Module, name: str, lr: float,
 class Muon(torch.optim.Muon):
     """torch's Muon orthogonalises in bfloat16; this one in float32 where bfloat16 is emulated.
 
-    On a CPU with AVX2 alone, that takes a twentieth of the time.
+    On a CPU that has only AVX2, this is 20 times as fast.
     """
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Muon(torch.optim.Muon):
 
 
 class Float32(TorchFunctionMode):
-    """In here, tensor.bfloat16() is a float32 copy."""
+    """Context in which tensor.bfloat16() returns a float32 copy."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.bfloat16:
@@ -71,16 +71,16 @@ class Float32(TorchFunctionMode):
 
 # ----------------------------------------------------------------------------- layers
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers that a model names, or none."""
+    """The repeated layers that a model lists in layers(), or [] if it has no such method."""
     return model.layers() if hasattr(model, "layers") else []
 
 
 def prepare_layers(model: nn.Module, compiling: bool, checkpointing: bool = False) -> None:
-    """Compiles each of the model's layers, and recomputes activations instead of keeping them.
+    """Makes a model's layers compile, recompute activations instead of keeping them, or both.
 
-    The layer is compiled inside the checkpoint: outside it, the compiler would leave it alone.
+    The checkpoint wraps the compiled layer; the other way round, the compiler would leave it alone.
     """
-    if compiling:  # one graph serves all layers, but the limit counts their widths and modes
+    if compiling:  # layers share a graph, but each width and mode counts towards this limit
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in layers_of(model):
         if compiling:
@@ -93,7 +93,7 @@ def prepare_layers(model: nn.Module, compiling: bool, checkpointing: bool = Fals
 class EMA:
     """Exponential moving average of parameters, with decay min(decay, (1 + n) / (10 + n)).
 
-    n counts steps. The second term keeps a short run from being an average of its start.
+    n counts steps. The second term keeps the start of training from dominating a short run.
     """
 
     def __init__(self, params: list[Tensor], decay: float):
@@ -103,19 +103,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, n: int) -> None:
-        """After step n, counted from 1."""
+        """Updates the averages after step n, counted from 1."""
         decay = min(self.decay, (1 + n) / (10 + n))
         for average, p in zip(self.averages, self.params, strict=True):
             average.lerp_(p, 1 - decay)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state_dict with averages in the place of these parameters."""
+        """The model's state_dict with the averages in place of these parameters."""
         with self.applied():
             return {name: weight.clone() for name, weight in model.state_dict().items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the parameters hold the averages."""
+        """Context in which the parameters hold the averages."""
         self.swap()
         try:
             yield
@@ -132,14 +132,14 @@ class EMA:
 
 # ----------------------------------------------------------------------------- signals
 class StopSignals:
-    """While it is entered, Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after its step.
+    """Context in which Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the current step.
 
-    A second one interrupts at once. A signal that the process was started with as ignored, as
-    nohup does with SIGHUP, stays ignored.
+    A second signal interrupts at once. A signal that was ignored when the process started, as
+    SIGHUP is under nohup, stays ignored.
     """
 
     def __init__(self):
-        self.number = 0  # of the signal that came
+        self.number = 0  # of the signal received; 0: none
         self.before = {}
 
     def __enter__(self) -> "StopSignals":
@@ -159,12 +159,12 @@ class StopSignals:
         self.number = number
         try:
             name = signal.Signals(number).name
-            print(f"{name}: saving after this step; once more leaves at once", file=sys.stderr)
+            print(f"{name}: saving after this step; send it again to quit now", file=sys.stderr)
         except OSError:  # after SIGHUP there may be no terminal
             pass
 
     def asked(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop. All processes must call it."""
+        """Whether any process was asked to stop. All processes must call this."""
         number = torch.tensor(int(self.number), device=device)
         self.number = int(max_over_processes(number))
         return self.number > 0
@@ -172,10 +172,10 @@ class StopSignals:
 
 # ----------------------------------------------------------------------------- the log
 class Log:
-    """log.jsonl and lines on stdout: means since the last report, speed, time left.
+    """Writes log.jsonl and lines on stdout: means since the last report, speed, time left.
 
-    Every process makes one, since means are over all of them; rank 0 writes. A resumed run first
-    drops the lines after its checkpoint.
+    Every process has one, since the means are over all processes, but only rank 0 writes. A resumed
+    run first drops the lines after its checkpoint.
     """
 
     def __init__(self, out: Path, start: int, steps: int, rank: int, tensorboard: bool = False):
@@ -185,6 +185,7 @@ class Log:
         self.rank = rank
         self.terms: dict[str, list[Tensor]] = {}  # since the last report
         self.last_step = start
+        self.minutes = 0.0  # of training so far, without saving and drawing
         self.began = time.monotonic()
         self.last_time = self.began
         self.board = None
@@ -193,8 +194,11 @@ class Log:
         lines = []
         if start and self.file.exists():
             lines = self.file.read_text().splitlines()
-        kept = "".join(line + "\n" for line in lines if step_of(line) <= start)
-        write_file(self.file, lambda f: f.write(kept.encode()))
+        kept = [line for line in lines if step_of(line) <= start]
+        for line in kept:
+            self.minutes = json.loads(line).get("minutes", self.minutes)
+        text = "".join(line + "\n" for line in kept)
+        write_file(self.file, lambda f: f.write(text.encode()))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -204,18 +208,23 @@ class Log:
             self.board = SummaryWriter(str(out))
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Named values of a pass, tensors of any shape. Nothing here waits for a GPU."""
+        """Adds the named values of a pass, tensors of any shape, without waiting for a GPU."""
         for name, values in terms.items():
             self.terms.setdefault(name, []).append(values.detach().float().mean())
 
     def report(self, step: int, batch_size: int, last: dict) -> None:
-        """One line: means since the last report, then the values of `last`. All must call it."""
+        """Writes the means since the last report, then the values of `last`.
+
+        All processes must call this.
+        """
         means = torch.stack([torch.stack(parts).mean() for parts in self.terms.values()])
         values = dict(zip(self.terms, mean_over_processes(means).tolist(), strict=True))
         now = time.monotonic()
         images = (step - self.last_step) * batch_size
         values |= last
-        values["images_per_s"] = images / max(now - self.last_time, 1e-9)
+        seconds = max(now - self.last_time, 1e-9)
+        self.minutes += seconds / 60
+        values |= {"images_per_s": images / seconds, "minutes": self.minutes}
         left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
         self.write(step, values, f"{duration(left)} left")
         self.terms = {}
@@ -223,7 +232,7 @@ class Log:
         self.last_time = now
 
     def write(self, step: int, values: dict, note: str = "") -> None:
-        """One line of log.jsonl and of stdout."""
+        """Writes one line to log.jsonl and to stdout."""
         if self.rank > 0:
             return
         with self.file.open("a") as f:
@@ -231,7 +240,7 @@ class Log:
         parts = [f"step {step}/{self.steps}"]
         for name, value in values.items():
             if name == "loss" and value == values.get("nats_per_dim"):
-                continue  # the same number under its better name
+                continue  # the same number is printed as nats_per_dim
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         print("  ".join([*parts, note]).rstrip(), flush=True)
         if self.board is not None:
@@ -241,14 +250,14 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Saving and drawing in here do not count into images/s."""
+        """Context for saving and drawing, whose time counts neither in images/s nor in minutes."""
         start = time.monotonic()
         yield
         self.last_time += time.monotonic() - start
 
 
 def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinity for one that a kill tore apart."""
+    """The step of a line of log.jsonl; infinity for a line cut short when the run was killed."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
