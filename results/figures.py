@@ -31,6 +31,7 @@ from support.cli import (
 )
 
 GREY = "#808080"  # of text and axes, on a transparent ground
+FD = "FD in the classifier's features"
 
 
 # ----------------------------------------------------------------------------- data
@@ -78,9 +79,11 @@ def draw(panels: list[tuple[str, str, dict]], out: Path) -> None:
     for place, (x, y, curves) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place, xlabel=x, ylabel=y, facecolor="none")
         for name, points in curves.items():
-            axes.plot(*zip(*points, strict=True), ".-", markersize=4, label=name)
+            style = ".-" if len(points) < 50 else "-"
+            axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if place == 1:
+            axes.legend(frameon=False)
     write_file(out, lambda f: figure.savefig(f, format="png", dpi=120, transparent=True))
     print(out)
 
@@ -112,11 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     results = read_lines(REPOSITORY / "results" / f"{args.figure}.jsonl")
     panels = []
     if args.figure == "guidance":
-        for field, y in (("fd", "FD"), ("precision", "precision"), ("recall", "recall")):
+        for field, y in (("fd", FD), ("precision", "precision"), ("recall", "recall")):
             panels.append(("guidance weight w", y, means(results, "w", field, "row")))
     else:
         for x in ("K_I", "d_I"):
-            panels.append((x, "FD", means(results, x, "fd", "sampling")))
+            panels.append((x, FD, means(results, x, "fd", "sampling")))
     draw(panels, out)
 
 
