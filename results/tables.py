@@ -123,6 +123,7 @@ TABLES: dict[str, list[Row]] = {
     "guidance": [
         Row("finished preset, resampling", FINISHED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
         Row("finished preset, naive", FINISHED, guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
+        Row("finished channel mixing, resampling", MIXED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
         Row("young model, resampling", "--preset fashion", guidance(0, 0.5, 0.75, 1, 1.5, 2)),
         Row("young model, naive", "--preset fashion", guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
         REAL,
