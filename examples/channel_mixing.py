@@ -125,5 +125,5 @@ TRAINING = {
     "tiny": farmer.TRAINING["tiny"],
     "fashion": dict(farmer.TRAINING["fashion"], steps=5000),
     "cifar10": dict(_cifar10, steps=2500),
-    "cifar10-pictures": dict(_cifar10, steps=9000, noise="gaussian", noise_end=0.03),
+    "cifar10-pictures": dict(_cifar10, steps=5000, noise="gaussian", noise_end=0.03),
 }
