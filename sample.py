@@ -61,7 +61,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
                         help="seed; the noise of image i depends on it and on i alone (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group = parser.add_argument_group(f"sampling from {name} (a checkpoint may hold other defaults)")
+    group = parser.add_argument_group(
+        f"sampling from {name} (a checkpoint may hold other defaults)")
     add_fields(group, module.Sampling)
     args = parser.parse_args(argv)
     if args.out is None:

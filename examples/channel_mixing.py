@@ -2,10 +2,10 @@
 
     python train.py --model examples.channel_mixing --preset fashion
 
-Given the tokens before, the flow treats the channels of a token one by one. A coupling lets half
-of them shift and scale the rest. With two couplings a block, five minutes of one core on
-Fashion-MNIST reach a Frechet distance of 4.5 instead of 8.3 (results/README.md). The flow, its
-inverse and its determinant stay exact.
+Given the tokens before, the paper's flow treats the channels of a token one by one. A coupling
+lets half of them shift and scale the rest. Five minutes of one core on Fashion-MNIST then reach a
+Frechet distance of 4.5 instead of 8.3, the whole preset 1.9 instead of 3.0 (results/README.md).
+The flow, its inverse and its determinant stay exact.
 """
 from dataclasses import dataclass
 

@@ -68,7 +68,7 @@ def walk(model, x, labels, names):
              f"those {side} it: log-det {logdet[0] / D:+.3f} nats/dim.")
         scaled = z * states[0].std() / z.std()
         pixels = scaled @ model.flow.inverse_map + model.flow.mean
-        stages[f"Z_{t}"] = unpatchify(pixels, c.patch_size, c.channels)[0]
+        stages[f"block {t}"] = unpatchify(pixels, c.patch_size, c.channels)[0]
 
     # How likely the latents are, and with that the image.
     Z, _ = model.flow(X, labels)
@@ -98,7 +98,7 @@ def walk(model, x, labels, names):
     if p_R is not None:
         mixed = torch.cat([Z_I, Z_R.flip(0)], -1)
         mixed = model.decode(mixed, replace(c.sampling, inverse="exact"), labels)
-        rows["split"] = {"A": x[0], "B": x[1], "A, Z_R of B": mixed[0], "A, Z_I of B": mixed[1]}
+        rows["split"] = {"A": x[0], "B": x[1], "A, Z^R of B": mixed[0], "A, Z^I of B": mixed[1]}
     for w in (0.0, 1.0, 2.0, 4.0) if c.num_classes else (0.0,):
         generators = image_generators(0, range(1), x.device)  # the same noise for each w
         drawn = model.sample(labels[:1], replace(c.sampling, guidance=w), generators)
