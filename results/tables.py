@@ -138,13 +138,6 @@ TABLES: dict[str, list[Row]] = {
         REAL,
     ],
     "student": [Row(weights, weights, STUDENT) for weights in (FINISHED, MIXED)] + [REAL],
-    "precision": [
-        Row(FINISHED, FINISHED, {
-            "float32": "--inverse exact --guidance 1 --precision float32",
-            "bfloat16": "--inverse exact --guidance 1 --precision bfloat16",
-        }),
-        REAL,
-    ],
     "peers": [
         Row("FARMER", "--preset fashion", BOTH),
         Row("FARMER + channel mixing", MIXING, BOTH),
