@@ -120,10 +120,11 @@ PRESETS = {
         informative_dim=24, class_tokens=4, sampling=Sampling(guidance=2.0, denoise=0.03)),
 }
 _cifar10 = dict(
-    farmer.TRAINING["cifar10"], batch_size=32, optimizer="muon", lr=1e-2, lr_end=0.02, warmup=100)
+    farmer.TRAINING["cifar10"], batch_size=32, optimizer="muon", lr=1e-2, lr_end=0.02)
 TRAINING = {
     "tiny": farmer.TRAINING["tiny"],
     "fashion": dict(farmer.TRAINING["fashion"], steps=5000),
     "cifar10": dict(_cifar10, steps=2500),
-    "cifar10-pictures": dict(_cifar10, steps=5000, noise="gaussian", noise_end=0.03),
+    "cifar10-pictures": dict(
+        _cifar10, steps=5000, warmup=100, noise="gaussian", noise_end=0.03),
 }
