@@ -125,8 +125,10 @@ def test_promise_2_a_disk_that_fills_up_is_said_with_the_step_that_is_there(tmp_
 
 def test_promise_2_ctrl_c_saves(tmp_path, tiny_data):
     out = tmp_path / "run"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     process = command("train.py", *SMALL_FLAGS, "--steps", "100000", "--log-every", "1",
                       "--data", tiny_data, "--out", out)
+    signal.signal(signal.SIGINT, before)
     log = out / "log.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.02)
