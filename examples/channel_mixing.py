@@ -113,7 +113,7 @@ PRESETS = {
     "tiny": mixing("tiny"),
     "fashion": mixing(
         "fashion", flow_layers=1, couplings=3, sampling=Sampling(guidance=0.75, denoise=0.03)),
-    "cifar10": mixing(  # for likelihood, in ten minutes of one core
+    "cifar10": mixing(  # made for likelihood
         "cifar10", flow_blocks=4, flow_layers=2, flow_width=128, ar_layers=2, ar_width=128,
         informative_mixtures=6, class_tokens=1),
     "cifar10-pictures": mixing(

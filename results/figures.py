@@ -46,7 +46,10 @@ def training_log(run: str) -> list[dict]:
     if file.is_dir():
         file = file / "log.jsonl"
     with reading(run, "expected the folder of a run, or its log.jsonl"):
-        return [line for line in read_lines(file) if "minutes" in line]
+        reports = [line for line in read_lines(file) if "minutes" in line]
+    if not reports:
+        raise UserError(f"{run}: its log has no report of training; expected lines with minutes")
+    return reports
 
 
 def means(results: list[dict], name: str, field: str, each: str) -> dict[str, list[tuple]]:
@@ -105,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     out = check_writable("--out", args.out)
     if args.figure == "curve":
         logs = {Path(run).stem: training_log(run) for run in args.runs}
-        bits = all("bits_per_dim" in report for log in logs.values() for report in log)
+        kinds = {"bits_per_dim" in report for log in logs.values() for report in log}
+        if len(kinds) > 1:
+            raise UserError("curve: some runs have bits/dim and others do not; plot them apart")
+        bits = kinds == {True}
         field = "bits_per_dim" if bits else "loss"
         curves = {}
         for name, log in logs.items():

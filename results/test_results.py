@@ -366,3 +366,12 @@ def test_a_missing_matplotlib_is_one_line(small_run, tmp_path, capsys, monkeypat
     fails(capsys, figures, ["curve", small_run, "--out", tmp_path / "x.png"], "pip install")
     fails(capsys, figures, ["curve", "--out", tmp_path / "x.png"], "folders of runs")
     fails(capsys, figures, ["curve", tmp_path, "--out", tmp_path / "x.png"], "log.jsonl")
+
+
+def test_curves_that_cannot_be_drawn_are_one_line(tmp_path, capsys):
+    nats, bits, old = [tmp_path / f"{name}.jsonl" for name in ("nats", "bits", "old")]
+    nats.write_text('{"step": 1, "loss": 2, "minutes": 1}')
+    bits.write_text('{"step": 1, "bits_per_dim": 2, "minutes": 1}')
+    old.write_text('{"step": 1, "loss": 2}')
+    fails(capsys, figures, ["curve", nats, bits, "--out", tmp_path / "x.png"], "apart")
+    fails(capsys, figures, ["curve", old, "--out", tmp_path / "x.png"], "old.jsonl", "minutes")
