@@ -117,6 +117,21 @@ def test_measured_steps_are_kept_with_your_results_and_rows_are_exact_names(work
 
 
 @pytest.mark.parametrize("table", tables.TABLES)
+def test_the_page_shows_the_published_results(table, monkeypatch):
+    """Each score is in a cell of a table, alone or between slashes."""
+    monkeypatch.setattr(tables, "OWN", Path("none"))
+    page = (tables.PUBLISHED / "README.md").read_text()
+    on_the_page = {cell.strip() for line in page.splitlines() if line.startswith("|")
+                   for cell in re.split(r"[|/]", line)}
+    lines = tables.markdown(table).splitlines()
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    scores = [head.index(name) for name in head if "FD" in name or name in ("recall", "nats/dim")]
+    assert rows and scores
+    for row in rows:
+        assert {row[i] for i in scores} - {"–"} <= on_the_page, row
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
 def test_the_scripts_take_every_command(table):
     for row in tables.TABLES[table]:
         name, module = named_model(row.weights.split())
