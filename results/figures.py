@@ -85,8 +85,8 @@ def draw(panels: list[tuple[str, str, dict]], out: Path) -> None:
             style = ".-" if len(points) < 50 else "-"
             axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
         axes.grid(alpha=0.3)
-        if place == 1:
-            axes.legend(frameon=False)
+    names = axes.get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=len(panels) + 1, frameon=False)
     write_file(out, lambda f: figure.savefig(f, format="png", dpi=120, transparent=True))
     print(out)
 
