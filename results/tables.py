@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from support.checkpoints import load
-from support.cli import Parser, UserError, at_least, run_script
+from support.cli import Parser, UserError, at_least, run_script, write_file
 from support.datasets import open_images
 
 PUBLISHED = REPOSITORY / "results"
@@ -54,6 +54,7 @@ class Row:
     weights: str  # flags of train.py, or a checkpoint; empty for real images
     ways: dict[str, str]  # what the table says of the sampling: the flags of sample.py
     student: bool = False  # distil the trained model first
+    turned: bool = False  # train on images turned by 180 degrees, and turn the samples back
 
 
 def guidance(*weights: float, more: str = "") -> dict[str, str]:
@@ -108,6 +109,9 @@ TABLES: dict[str, list[Row]] = {
     "flip": [
         Row("final flip", "--preset fashion", BOTH),
         Row("no final flip", "--preset fashion --no-final-flip", BOTH),
+        # On turned images, the last block and the AR both read the tokens in the other order.
+        Row("final flip, turned images", "--preset fashion", BOTH, turned=True),
+        Row("no final flip, turned images", "--preset fashion --no-final-flip", BOTH, turned=True),
         REAL,
     ],
     "fig6": [
@@ -223,13 +227,30 @@ def trained(row: Row, seed: int, steps: int | None) -> Path:
     if steps is None:
         return REPOSITORY / row.weights
     name = "_".join(f"{row.weights} {steps} {seed}".replace("--", "").replace("/", "-").split())
-    out = OWN / name
-    run(*training(row.weights, steps, seed, out), "--resume", show=True)
+    out = OWN / (f"{name}_turned" if row.turned else name)
+    command = training(row.weights, steps, seed, out)
+    if row.turned:
+        command += ["--data", turned_images()]  # the last --data counts
+    run(*command, "--resume", show=True)
     if row.student:
         teacher = out
         out = OWN / f"{name}-student"
         run("train.py", "--distill", teacher, "--out", out, *QUIET, "--resume", show=True)
     return out
+
+
+def turn(pixels: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, C), each turned by 180 degrees."""
+    return np.ascontiguousarray(pixels[:, ::-1, ::-1])
+
+
+def turned_images() -> Path:
+    """The training images, turned: an .npz that train.py reads."""
+    file = OWN / "turned.npz"
+    if not file.exists():
+        images = open_images(f"{DATA}:train")
+        write_file(file, lambda f: np.savez(f, images=turn(images.array), labels=images.labels))
+    return file
 
 
 # ----------------------------------------------------------------------------- results
@@ -262,6 +283,9 @@ def result_of(row: Row, sampling: str, seed: int, minutes: float, steps: int | N
         if flags == "--eval":
             return result | json.loads(run("train.py", "--eval", out, "--data", f"{DATA}:test"))
         run("sample.py", out, "--num", NUM_SAMPLES, "--seed", 1, "--out", file, *flags.split())
+        if row.turned:
+            samples = dict(np.load(file))
+            np.savez(file, images=turn(samples["images"]), labels=samples["labels"])
         return result | scores(file)
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 import train
 from results import benchmark, classifier, figures, likelihood, tables
-from support.checkpoints import load_run, model_file, named_model
+from support.checkpoints import load, load_run, model_file, named_model
 from support.conftest import SMALL_FLAGS, fails, small_run, tiny_data  # noqa: F401  (fixtures)
 
 MINIMAL = ("--model examples.minimal_model --channels 1 --image-size 8 --batch-size 4 "
@@ -61,6 +61,7 @@ def workshop(tmp_path, monkeypatch):
 
     rows = [tables.Row("one", MINIMAL, {"t = 1": "--temperature 1", "t = 2": "--temperature 2"}),
             tables.REAL, tables.Row("likelihood", MINIMAL, tables.LIKELIHOOD)]
+    made.run = run
     changes = dict(
         TABLES={"t": rows}, PAPER={("one", "t = 1"): 5.5}, DATA=str(tmp_path), OWN=made.own,
         PUBLISHED=made.published, CLASSIFIER=network, NUM_SAMPLES=40, run=run,
@@ -114,6 +115,26 @@ def test_measured_steps_are_kept_with_your_results_and_rows_are_exact_names(work
     assert tables.read_steps(workshop.own)["--x | 5 min"]["steps"] == 3000
     assert tables.read_steps(workshop.published).keys() == {f"{MINIMAL} | 5 min"}
     fails(capsys, tables, ["t", "--rows", "on"], "'on'", "one; real images")
+
+
+def test_a_turned_row_learns_turned_images_and_turns_its_samples_back(workshop, monkeypatch):
+    images = tables.open_images(f"{tables.DATA}:train").array
+    row = tables.Row("turned", MINIMAL, {"": ""}, turned=True)
+    scored = []
+
+    def run(*command, show=False):
+        """The workshop's run, but sample.py knows the images that were learnt by heart."""
+        if command[0] != "sample.py":
+            return workshop.run(*command, show=show)
+        learnt = load(command[1])[1]["training"]["data"]
+        assert (np.load(learnt)["images"] == np.rot90(images, 2, axes=(1, 2))).all()
+        np.savez(command[command.index("--out") + 1], **np.load(learnt))
+
+    monkeypatch.setattr(tables, "run", run)
+    monkeypatch.setattr(tables, "scores", lambda file: scored.append(dict(np.load(file))) or {})
+    tables.OWN.mkdir()
+    tables.result_of(row, "", seed=0, minutes=5, steps=3)
+    assert (scored[0]["images"] == images).all() and len(scored[0]["labels"]) == 40
 
 
 @pytest.mark.parametrize("table", tables.TABLES)
