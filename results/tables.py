@@ -88,6 +88,7 @@ TABLES: dict[str, list[Row]] = {
         Row("+ split + final flip", "--preset fashion --class-tokens 1", W_0),
         Row("all", "--preset fashion", W_0),
         Row("all, N(0, I) for Z_R", "--preset fashion --redundant-prior gaussian", BOTH),
+        Row("all, K_R = 64", "--preset fashion --redundant-mixtures 64", BOTH),
         Row("all + naive CFG", "--preset fashion", guidance(1, more=NAIVE)),
         Row("all + resampling CFG", "--preset fashion", W_1),
         REAL,
