@@ -242,7 +242,7 @@ def trained(row: Row, seed: int, steps: int | None) -> Path:
 
 def turn(pixels: np.ndarray) -> np.ndarray:
     """Images (N, H, W, C), each turned by 180 degrees."""
-    return np.ascontiguousarray(pixels[:, ::-1, ::-1])
+    return pixels[:, ::-1, ::-1]
 
 
 def turned_images() -> Path:
