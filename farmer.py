@@ -38,28 +38,41 @@ Generators = list[torch.Generator] | torch.Generator | None
 
 
 # ----------------------------------------------------------------------------- configuration
-def setting(default, help: str, least: float | None = None, choices: tuple | None = None):
+def setting(default, help: str, least: float | None = None, below: float = math.inf,
+            choices: tuple | None = None):
     """A field of a configuration: its default, its help text and the values that it accepts."""
-    return field(default=default, metadata=dict(help=help, least=least, choices=choices))
+    return field(default=default, metadata=dict(
+        help=help, least=least, below=below, choices=choices))
 
 
 def check_settings(config) -> None:
-    """Raises a ValueError that names the first field whose value is not accepted."""
+    """Raises a ValueError that names the first field whose value is not accepted.
+
+    A field's kind is the type of its default. Stores NumPy's numbers as Python's.
+    """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if hasattr(value, "item"):
+            value = value.item()
+            object.__setattr__(config, f.name, value)
         least = f.metadata.get("least")
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             expected = " or ".join(str(choice) for choice in choices)
             raise ValueError(f"{f.name}: got {value!r}, expected {expected}")
-        if f.type is bool and not isinstance(value, bool):
+        kind = type(f.default)
+        if kind is bool and not isinstance(value, bool):
             raise ValueError(f"{f.name}: got {value!r}, expected True or False")
         if least is not None:
-            kinds = int if f.type is int else (int, float)
+            kinds = int if kind is int else (int, float)
+            below = min(f.metadata["below"], math.inf)
             is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not is_number or not least <= value < math.inf:
-                kind = "an integer" if f.type is int else "a finite number"
-                raise ValueError(f"{f.name}: got {value!r}, expected {kind} of at least {least}")
+            if not is_number or not least <= value < below:
+                expected = "an integer" if kind is int else "a finite number"
+                expected += f" of at least {least}"
+                if below < math.inf:
+                    expected += f" and below {below}"
+                raise ValueError(f"{f.name}: got {value!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
