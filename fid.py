@@ -52,10 +52,19 @@ import torch
 from torch import Tensor
 
 from support import cli
-from support.checkpoints import is_checkpoint, load, named_model
+from support.checkpoints import (
+    DEFAULT_MODEL,
+    Saved,
+    checkpoint_path,
+    first_checkpoint,
+    is_checkpoint,
+    model_file,
+    read,
+    restore,
+)
 from support.cli import UserError
 from support.data import open_images
-from support.distributed import join, leave, pick_device, rank_and_world, share
+from support.distributed import agreeing, join, leave, pick_device, share
 from support.inception import (
     Inception,
     ScriptFeatures,
@@ -66,7 +75,7 @@ from support.inception import (
     read_statistics,
     save_statistics,
 )
-from support.sampling import check_options, default_labels, sample_images
+from support.sampling import check_options, default_labels, in_use, sample_images
 
 # N, M images; D features; C classes; mu (D,) and sigma (D, D) mean and covariance of features.
 
@@ -164,21 +173,25 @@ def open_side(path: str, batch_size: int, own, size: int | None = None, channels
     if is_checkpoint(path):
         raise UserError(f"{path}: is a checkpoint; give --num to draw samples from its model")
     images, _ = open_images(path, size, channels, enlarge, own)
-    if rank_and_world()[0] == 0:
+    if cli.is_first():
         print(f"data: {images.summary()}", file=sys.stderr)
     numbers = np.array(share(len(images)))
     parts = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
     batches = ((part, images.array[part]) for part in parts)
-    return Source(path, len(images), images.array.shape[1:], batches), known
+    floats = images.array.dtype != np.uint8
+    return Source(path, len(images), images.array.shape[1:], batches, floats), known
 
 
-def samples_of(model, options, args) -> Source:
+def samples_of(model, options, conditions, args) -> Source:
     """--num samples of a model, all classes in turn: the images of sample.py for this seed."""
+    if cli.is_first():
+        print(f"drawing {args.num} images: {in_use(model, options)}", file=sys.stderr)
     c = model.config
     part = share(args.num)
-    labels = default_labels(args.num, c.num_classes)[part.start:part.stop]
+    labels = default_labels(args.num, c.num_classes, conditions)[part.start:part.stop]
     batches = sample_images(model, labels, options, args.seed, args.batch_size, part.start)
-    return Source(args.samples, args.num, (c.image_size, c.image_size, c.channels), batches)
+    shape = (c.image_size, c.image_size, c.channels)
+    return Source(args.samples, args.num, shape, batches, model.floats)
 
 
 def check_networks(sides: list, network) -> None:
@@ -249,8 +262,12 @@ def warn_of_bias(sides: list[Statistics]) -> None:
 
 
 # ----------------------------------------------------------------------------- the command line
-def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
-    """sampling: the dataclass of the model's sampling settings."""
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Saved | None]:
+    """The command line, and the first checkpoint on it, whose model has some of the flags."""
+    saved = first_checkpoint(sys.argv[1:] if argv is None else argv)
+    defaults = model_file(DEFAULT_MODEL).Sampling()
+    if saved is not None:
+        defaults = saved.module.Sampling(**saved.config["sampling"])
     parser = cli.Parser(prog="fid.py", description=__doc__,
                         usage="python fid.py SAMPLES [REFERENCE] [options]")
     parser.add_argument("samples", metavar="SAMPLES",
@@ -287,50 +304,52 @@ def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
                        "(default: SAMPLES are images)")
     group.add_argument("--seed", type=cli.at_least(int, 0), default=0, metavar="N",
                        help="random seed; sample i depends on it and on i alone (default: 0)")
-    group = parser.add_argument_group("sampling with --num (a checkpoint may hold other defaults)")
-    cli.add_fields(group, sampling)
+    parser.add_settings("sampling with --num (defaults of the checkpoint)", defaults)
     args = parser.parse_intermixed_args(argv)  # REFERENCE may follow a flag
-    settings = cli.given(args, sampling)
-    if settings and args.num is None:
-        flag = cli.flag_of(next(iter(settings)))
-        raise UserError(f"{flag} is a sampling setting; give it together with --num")
+    args.settings = cli.given(args, defaults)
+    if args.num is None and args.settings:
+        raise UserError(f"{', '.join(args.settings)}: sampling settings; give them together with "
+                        "--num")
+    if args.num and (saved is None or saved.file != checkpoint_path(args.samples)):
+        saved = read(args.samples)
     if args.save_stats:
         args.save_stats = cli.check_writable("--save-stats", args.save_stats)
     elif args.reference is None:
         raise UserError("REFERENCE is missing; it is optional only with --save-stats")
-    return args
+    return args, saved
 
 
 def main(argv: list[str] | None = None) -> None:
-    _, module = named_model(argv)
-    args = parse(argv, module.Sampling)
+    args, saved = parse(argv)
+    own = getattr(saved.module, "open_images", None) if saved else None
     device = pick_device(args.device)
     rank, _ = join(device)
-    own = getattr(module, "open_images", None)
 
     # Open and check everything before the first image: 50,000 of them take long.
-    options = size = None
+    options = network = size = None
     channels, enlarge = 3, args.enlarge
-    if args.num:
-        model, extra = load(args.samples, device)
-        options = dataclasses.replace(model.config.sampling, **cli.given(args, module.Sampling))
-        check_options(options, extra)
-        samples, known = samples_of(model, options, args), None
-        channels = model.config.channels
-        enlarge = enlarge or extra.get("training", {}).get("enlarge", False)
-    else:
-        samples, known = open_side(args.samples, args.batch_size, own)
-    sides = [(samples, known)]
-    if samples and samples.shape[0] == samples.shape[1]:
-        size = samples.shape[0]
-    if args.reference:
-        sides.append(open_side(args.reference, args.batch_size, own, size, channels, enlarge))
-    network = None
-    if args.features:
-        network = ScriptFeatures(args.features, device)
-    elif any(source for source, _ in sides):
-        network = load_inception(args.weights).to(device)
-    check_networks(sides, network)
+    facts = {}
+    with agreeing(facts):
+        if args.num:
+            model = restore(saved, device)
+            options = dataclasses.replace(model.config.sampling, **args.settings)
+            check_options(options, saved.extra)
+            samples, known = samples_of(model, options, saved.extra.get("conditions"), args), None
+            channels = model.config.channels
+            enlarge = enlarge or saved.extra.get("training", {}).get("enlarge", False)
+        else:
+            samples, known = open_side(args.samples, args.batch_size, own)
+        sides = [(samples, known)]
+        if samples and samples.shape[0] == samples.shape[1]:
+            size = samples.shape[0]
+        if args.reference:
+            sides.append(open_side(args.reference, args.batch_size, own, size, channels, enlarge))
+        if args.features:
+            network = ScriptFeatures(args.features, device)
+        elif any(source for source, _ in sides):
+            network = load_inception(args.weights).to(device)
+        check_networks(sides, network)
+        facts["images"] = [source and source.num for source, _ in sides]
 
     statistics = [measure(source, known, network, device) if source else known
                   for source, known in sides]

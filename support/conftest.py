@@ -13,14 +13,14 @@ import torch
 
 import train
 from support.cli import run_script
-from support.datasets import open_images
+from support.data import open_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_FLAGS = [
     "--flow-blocks", "2", "--flow-width", "32", "--ar-layers", "1", "--ar-width", "32",
     "--head-dim", "16", "--informative-mixtures", "2", "--batch-size", "8",
     "--precision", "float32", "--log-every", "5", "--sample-every", "0", "--val-every", "0",
-    "--workers", "0", "--device", "cpu",
+    "--device", "cpu",
 ]
 
 
@@ -88,7 +88,7 @@ def digits_run(tmp_path_factory) -> Path:
 def tiny_data(tmp_path_factory) -> Path:
     """60 digits as an .npz: quicker to open than the built-in set is to draw."""
     path = tmp_path_factory.mktemp("data") / "digits.npz"
-    digits = open_images("digits:test", size=16, channels=3)
+    digits, _ = open_images("digits:test", 16)
     np.savez(path, images=digits.array[:60], labels=digits.labels[:60])
     return path
 

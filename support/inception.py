@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import Progress, UserError, cache_directory, expanded, reading, write_file
-from support.distributed import gather, rank_and_world, share
+from support.distributed import gather, share
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -181,6 +181,9 @@ class Inception(Branches):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            raise UserError("FID's Inception reads 8-bit images, these are floats; pass another "
+                            "network with --features")
         x = images.float() / 255
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         h = super().forward(2 * x - 1)
@@ -323,7 +326,8 @@ class Source:
     path: str
     num: int
     shape: tuple[int, ...]  # of an image: (H, W, C)
-    batches: Iterable  # of this process: numbers (b,), images (b, H, W, C) uint8 or float32
+    batches: Iterable  # of this process: numbers (b,), images (b, H, W, C)
+    floats: bool = False  # whether the images are float32, such as latents, instead of uint8
 
 
 def measure(source: Source, known: Statistics | None, network,
@@ -333,7 +337,7 @@ def measure(source: Source, known: Statistics | None, network,
     `known` are those in its file: if `network` made them they are used, as in ADM's evaluator.
     """
     features, grey = features_of(source, network, device)
-    parts = gather(features, device)
+    parts = gather(features)
     if not parts:
         return None
     features = np.concatenate(parts)  # (num, D), in the order of the images
@@ -360,8 +364,12 @@ def features_of(source: Source, network, device: torch.device) -> tuple[np.ndarr
     NaN stands where a sample was left out.
     """
     part = share(source.num)
-    progress = Progress(f"{source.path}: image", len(part), quiet=rank_and_world()[0] > 0)
-    blank = torch.zeros(1, 3, *source.shape[:2], dtype=torch.uint8, device=device)
+    progress = Progress(f"{source.path}: image", len(part))
+    H, W, C = source.shape
+    if source.floats:
+        blank = torch.zeros(1, C, H, W, device=device)
+    else:
+        blank = torch.zeros(1, 3, H, W, dtype=torch.uint8, device=device)
     D = network(blank).shape[1]
     features = np.full((len(part), D), np.nan, np.float32)
     grey = True
@@ -370,7 +378,7 @@ def features_of(source: Source, network, device: torch.device) -> tuple[np.ndarr
             continue
         grey = grey and bool((images == images[..., :1]).all())
         pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
-        h = network(pixels.expand(-1, 3, -1, -1)).cpu().numpy()  # grey becomes RGB
+        h = network(pixels.expand(-1, blank.shape[1], -1, -1)).cpu().numpy()  # grey becomes RGB
         finite = np.isfinite(h).all(1)
         if not finite.all():
             raise UserError(f"{source.path}: {network.name} gives image {numbers[~finite][0]} "

@@ -353,6 +353,30 @@ def test_samples_are_those_of_sample_py_less_those_not_finite(run_folder, capsys
     assert got["sampling"] == {"temperature": 0.5}  # the checkpoint's
 
 
+def test_floats_such_as_latents_are_given_to_a_network_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latents.py").write_text(
+        "import numpy as np\n"
+        "from examples.minimal_model import PRESETS, TRAINING, Config, Model, Sampling\n"
+        "from support.data import Images\n\n"
+        "def open_images(source):\n"
+        "    return Images(source, np.load(source)) if source.endswith('.npy') else None\n")
+    real = np.random.RandomState(0).standard_normal((80, 4, 2, 2)).astype("float32")
+    np.save("real.npy", 9 * real.transpose(0, 2, 3, 1))
+    model = checkpoints.build("latents", minimal_model.Config(image_size=2, channels=4))
+    model.floats = True
+    checkpoints.save("latents.pt", model)
+    draw = ["latents.pt", "--num", 70, "--device", "cpu"]
+    report = report_of(capsys, *draw, "real.npy", *features(tmp_path, torch.nn.Flatten()))
+    sample.main([str(a) for a in (*draw, "--out", "x.npz")])
+    x = np.load("x.npz")["arr_0"].transpose(0, 3, 1, 2).reshape(70, 16)
+    y = 9 * real.reshape(80, 16)
+    expected = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    assert report["fd"] == pytest.approx(expected, rel=1e-4) and expected > 500
+    with pytest.raises(cli.UserError, match="--features"):
+        Inception.forward(None, torch.zeros(1, 3, 2, 2))
+
+
 def test_two_processes_give_the_report_of_one(run_folder, capsys):
     """torchrun shares the images, an odd number; process 0 prints the report."""
     argv = [run_folder, run_folder / "b.npz", "-n", 13, *features(run_folder), "--json",
