@@ -33,7 +33,7 @@ except ImportError:  # Windows: two processes in one folder are not noticed
     fcntl = None
 
 FORMAT = "farmer-checkpoint"
-VERSION = 3
+VERSION = 4
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "farmer"
 SEAM = ("Config", "Sampling", "PRESETS", "TRAINING", "Model")  # what a model's file defines
@@ -200,7 +200,8 @@ def read_checkpoint(file: Path) -> dict:
             raise ValueError("it has another format")
         if content["version"] != VERSION:
             raise UserError(f"{file}: checkpoint version {content['version']}, expected {VERSION}; "
-                            "use the code that wrote it, or train again")
+                            "use the code that wrote it (for version 3: git checkout 6f2226f), or "
+                            "train again")
         return content
 
 
@@ -208,13 +209,8 @@ def from_weights(module: ModuleType, config: dict, weights: dict[str, Tensor]) -
     """A model with these weights. Those in half precision become float32."""
     config = dict(config)
     config["sampling"] = module.Sampling(**config["sampling"])
-    with torch.device("meta"):  # skips an initialisation that would be overwritten
-        model = module.Model(module.Config(**config))
-    full = {}
-    for name, weight in weights.items():
-        half = weight.dtype in (torch.bfloat16, torch.float16)
-        full[name] = weight.float() if half else weight.clone()  # a copy, not mapped to the file
-    model.load_state_dict(full, assign=True)
+    model = module.Model(module.Config(**config))
+    model.load_state_dict(weights)  # which makes float32 of half precision
     return model
 
 
