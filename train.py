@@ -8,65 +8,75 @@
     python train.py --model baselines.tarflow       # another model, by the name of its file
     torchrun --nproc_per_node=8 train.py --preset farmer-1.1b-p16 --data imagenet/train
 """
-import argparse
 import contextlib
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
-from support.batches import batches, dequantize, image_generators, open_split
+from farmer import check_settings, setting
 from support.checkpoints import (
     DEFAULT_MODEL,
-    Checkpoint,
-    Diverged,
-    RunState,
+    Saved,
     build,
+    check_folder,
     checkpoint_path,
     first_preset,
-    load_run,
-    named_model,
-    named_preset,
-    run_directory,
+    lock_folder,
+    model_file,
+    read,
+    restore,
+    save,
 )
 from support.cli import (
     Parser,
     UserError,
-    add_fields,
-    at_least,
+    duration,
     expanded,
     given,
+    reading,
     run_script,
     warn,
     write_file,
 )
-from support.datasets import KNOWN
+from support.data import absolute, batches, dequantize, hold_out, image_generators, open_split
 from support.distributed import (
-    accumulating,
+    agreeing,
+    bf16_is_fast,
     join,
     leave,
+    max_over_processes,
     mean_over_processes,
-    parallel,
     pick_device,
     pick_precision,
+    rank_and_world,
     training_precision,
 )
-from support.sampling import bits_per_dim, evaluate, sample_grid
-from support.training import EMA, Log, StopSignals, optimizers, prepare_layers
+from support.sampling import (
+    bits_per_dim,
+    can_be_shown,
+    data_sheet,
+    evaluate,
+    layers_of,
+    prepare_layers,
+    sample_grid,
+    write_picture,
+)
 
 
 # ----------------------------------------------------------------------------- settings
-def setting(default, help: str, least: float = 0, below: float = math.inf, choices: tuple = ()):
-    return field(default=default, metadata=dict(
-        help=help, least=least, below=below, choices=choices))
-
-
 @dataclass(frozen=True)
 class Train:
     """Settings of training: what determines a run's result besides the model's Config."""
@@ -75,47 +85,68 @@ class Train:
         "digits", "digits, fashion-mnist, mnist or cifar10; or a folder, .zip, .npz or idx files")
     steps: int = setting(1000, "optimizer steps", least=1)
     batch_size: int = setting(64, "images per step, over all devices", least=1)
-    lr: float = setting(1e-3, "peak learning rate")
-    lr_end: float = setting(0.01, "learning rate at the end, as a fraction of the peak")
-    warmup: int = setting(100, "steps of linear warm-up")
+    lr: float = setting(1e-3, "peak learning rate", least=0)
+    lr_end: float = setting(0.01, "learning rate at the end, as a fraction of the peak", least=0)
+    warmup: int = setting(100, "steps of linear warm-up", least=0)
     optimizer: str = setting(
         "adamw", "muon: Muon for the matrices of the layers, AdamW for the rest",
         choices=("adamw", "muon"))
-    weight_decay: float = setting(0.03, "weight decay, on matrices only (embeddings included)")
-    clip: float = setting(1.0, "gradient norm above which gradients are scaled down; 0 = off")
+    weight_decay: float = setting(
+        0.03, "weight decay, on matrices only (embeddings included)", least=0)
+    clip: float = setting(
+        1.0, "gradient norm above which gradients are scaled down; 0 = off", least=0)
     noise: str = setting(
         "gaussian", "noise added to the 8-bit pixels: gaussian, with a std that falls during "
         "training; uniform, one level wide, for bits/dim; rgb, gaussian rounded to whole levels, "
         "with a std that falls too, plus uniform; or none",
         choices=("gaussian", "uniform", "rgb", "none"))
     noise_start: float = setting(
-        0.1, "std of the noise at the first step, for pixels in [-1, 1]; for rgb in 8-bit levels")
-    noise_end: float = setting(0.005, "std of the noise at the end, in the same units")
+        0.1, "std of the noise at the first step, for pixels in [-1, 1]; for rgb in 8-bit levels",
+        least=0)
+    noise_end: float = setting(0.005, "std of the noise at the end, in the same units", least=0)
     label_drop: float = setting(
-        0.1, "fraction of labels replaced by the null class; guidance needs some", below=1)
+        0.1, "fraction of labels replaced by the null class; guidance needs some", least=0, below=1)
     flip: bool = setting(True, "mirror each image with probability 1/2")
     enlarge: bool = setting(False, "enlarge images smaller than image_size (otherwise an error)")
-    holdout: int = setting(0, "images of each class, the last by name, to keep for --eval")
+    holdout: int = setting(
+        0, "images of each class, the last by name, to keep for --eval", least=0)
     ema: float = setting(
         0.0, "decay of the moving average of the weights (EMA), which is then saved and used; "
-        "0 = off", below=1)
+        "0 = off", least=0, below=1)
     guard: float = setting(
-        10.0, "skip a step whose gradient norm exceeds its running median by this factor; 0 = off")
+        10.0, "skip a step whose gradient norm exceeds its running median by this factor; 0 = off",
+        least=0)
     seed: int = setting(
-        0, "seed of the weights, the data order, the noise and the dropped labels", below=2**63)
+        0, "seed of the weights, the data order, the noise and the dropped labels", least=0,
+        below=2**63)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            limits = f.metadata
-            if limits["choices"] and value not in limits["choices"]:
-                raise UserError(f"{f.name}: got {value!r}, expected one of "
-                                f"{', '.join(limits['choices'])}")
-            if f.type in (int, float) and not limits["least"] <= value < limits["below"]:
-                expected = f"{limits['least']} or more"
-                if limits["below"] < math.inf:
-                    expected += f" and less than {limits['below']}"
-                raise UserError(f"{f.name}: got {value}, expected {expected}")
+        check_settings(self)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a run is executed."""
+
+    device: str = setting("auto", "auto = a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = setting(
+        "auto", "precision of matrix products; auto = bfloat16 if it is fast here",
+        choices=("auto", "float32", "bfloat16"))
+    compile: bool = setting(False, "compile the layers, which takes a minute; on a GPU the default")
+    micro_batch: int = setting(
+        0, "images per device and pass; gradients are accumulated over batch_size; 0 = no limit",
+        least=0)
+    checkpointing: bool = setting(
+        False, "recompute activations instead of keeping them: less memory, slower")
+    log_every: int = setting(50, "steps between lines of the log", least=1)
+    save_every: int = setting(500, "steps between checkpoints", least=1)
+    sample_every: int = setting(
+        500, "steps between updates of samples.png; 0 = only at the end", least=0)
+    val_every: int = setting(
+        500, "steps between held-out likelihoods; 0 = only at the end", least=0)
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 def noise_at(train: Train, step: int) -> float | None:
@@ -136,148 +167,585 @@ def lr_at(train: Train, step: int) -> float:
     return train.lr * warm * (train.lr_end + (1 - train.lr_end) * cosine)
 
 
-def drop_labels(labels: torch.Tensor, numbers: torch.Tensor, train: Train,
-                null: int) -> torch.Tensor:
-    """Replaces a fraction of the labels (b,) by the null class.
+def drop_labels(model: nn.Module, labels: Tensor, numbers: Tensor, train: Train) -> Tensor:
+    """Replaces a fraction of the labels (b,) or (b, k) by what means no class to the model.
 
     The seed and the number of an image alone decide whether its label is dropped.
     """
     random = [np.random.default_rng([train.seed, int(n), 2]).random() for n in numbers]
-    return labels.masked_fill(torch.tensor(random) < train.label_drop, null)
+    dropped = torch.tensor(random) < train.label_drop  # (b,)
+    if hasattr(model, "drop_labels"):
+        return model.drop_labels(labels, dropped)
+    return labels.masked_fill(dropped, model.config.num_classes)
 
 
-# ----------------------------------------------------------------------------- command line
-def parse(argv: list[str] | None, name: str, module):
-    first = first_preset(module)
-    shown = named_preset(argv, module)  # --help shows its values as defaults
-    parser = Parser(prog="train.py", description=__doc__, usage="python train.py [options]")
-    parser.add_argument("--model", default=name, metavar="NAME",
-                        help="name of the model's file (default: farmer)")
-    parser.add_argument("--preset", choices=module.PRESETS, metavar="NAME",
-                        help=f"model and training settings: {', '.join(module.PRESETS)} "
-                        f"(default: {first})")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET)")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue from OUT/ckpt.pt; only --steps, --seed and, if the data "
-                        "has moved, --data may change")
+# ----------------------------------------------------------------------------- optimizers
+def optimizers(net: nn.Module, name: str, lr: float,
+               weight_decay: float) -> list[torch.optim.Optimizer]:
+    """The optimizers: [AdamW], or for "muon" [AdamW, Muon], Muon for the matrices of the layers.
 
-    other = parser.add_argument_group("other tasks")
-    other.add_argument("--eval", metavar="DIR_OR_CKPT",
-                       help="print the held-out likelihood of a trained model")
-    other.add_argument("--distill", metavar="DIR_OR_CKPT",
-                       help="train the one-step student of a trained model")
-
-    # One flag for each setting; its value is None if it is not given.
-    group = parser.add_argument_group(f"training (defaults of the preset {shown})")
-    add_fields(group, Train, preset_settings(module, shown))
-    group = parser.add_argument_group(f"model (defaults of the preset {shown})")
-    add_fields(group, module.Config, module.PRESETS[shown])
-
-    how = parser.add_argument_group("how it runs (changes results by rounding at most)")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    how.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                     help="precision of matrix products; auto = bfloat16 if it is fast here")
-    how.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                     help="compile the layers, which takes a minute (default: only on a GPU)")
-    how.add_argument("--workers", type=at_least(int, 0), default=2, metavar="N",
-                     help="processes that decode images, per device (default: 2)")
-    how.add_argument("--micro-batch", type=at_least(int, 1), metavar="N",
-                     help="images per device and pass; gradients are accumulated over batch_size")
-    how.add_argument("--checkpointing", action="store_true",
-                     help="recompute activations instead of keeping them: less memory, slower")
-    for flag, least, default, text in (
-        ("--log-every", 1, 50, "steps between lines of the log"),
-        ("--save-every", 1, 500, "steps between checkpoints"),
-        ("--sample-every", 0, 500, "steps between updates of samples.png; 0 = only at the end"),
-        ("--val-every", 0, 500, "steps between held-out likelihoods; 0 = only at the end"),
-        ("--keep", 0, 0, "also keep the last N checkpoints, as ckpt-STEP.pt"),
-    ):
-        how.add_argument(flag, type=at_least(int, least), default=default, metavar="N",
-                         help=f"{text} (default: {default})")
-    how.add_argument("--tensorboard", action="store_true",
-                     help="also write TensorBoard events (needs tensorboard)")
-    args = parser.parse_args(argv)
-    if args.eval is not None and args.distill is not None:
-        raise UserError("--eval, --distill: got both, expected only one of them")
-    return args
+    Weight decay applies to matrices, including embeddings, but not to biases and norms.
+    """
+    params = [p for p in net.parameters() if p.requires_grad]
+    inside = set()
+    if name == "muon":
+        inside = {p for layer in layers_of(net) for p in layer.parameters() if p.dim() == 2}
+        if not inside:
+            raise UserError("--optimizer: got muon, which is for the matrices in a model's "
+                            "layers(), but this model has none; use adamw")
+    matrices = [p for p in params if p.dim() >= 2 and p not in inside]
+    others = [p for p in params if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
+    found = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    if inside:
+        layer_matrices = [p for p in params if p in inside]
+        found.append(Muon(layer_matrices, lr=lr, weight_decay=weight_decay,
+                          adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
-def preset_settings(module, preset: str) -> Train:
-    return Train(**module.TRAINING.get(preset, {}))
+class Muon(torch.optim.Muon):
+    """torch's Muon orthogonalises in bfloat16; this one in float32 where bfloat16 is emulated.
+
+    On a CPU that has only AVX2, this is 20 times as fast.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if bf16_is_fast(self.param_groups[0]["params"][0].device):
+            return super().step(closure)
+        with Float32():
+            return super().step(closure)
+
+
+class Float32(TorchFunctionMode):
+    """Context in which a copy of a tensor in bfloat16 is a copy in float32 instead."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to = func is Tensor.to and kwargs.get("dtype") is torch.bfloat16  # torch 2.15's form
+        if to or func is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **kwargs)
+
+
+class EMA:
+    """Exponential moving average of parameters, with decay min(decay, (1 + n) / (10 + n)).
+
+    n counts steps. The second term keeps the start of training from dominating a short run.
+    """
+
+    def __init__(self, params: list[Tensor], decay: float):
+        self.params = params
+        self.decay = decay
+        self.averages = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        """Updates the averages after step n, counted from 1."""
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.averages, self.params, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context in which the parameters hold the averages."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for average, p in zip(self.averages, self.params, strict=True):
+            trained = p.clone()
+            p.copy_(average)
+            average.copy_(trained)
+
+
+# ----------------------------------------------------------------------------- signals and log
+class StopSignals:
+    """Context in which Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the current step.
+
+    A second signal interrupts at once. A signal that was ignored when the process started, as
+    SIGHUP is under nohup, stays ignored.
+    """
+
+    def __init__(self):
+        self.number = 0  # of the signal received; 0: none
+        self.before = {}
+
+    def __enter__(self) -> "StopSignals":
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            print(f"{signal.Signals(number).name}: stopping after this step; send it again to quit "
+                  "now", file=sys.stderr)
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop. All processes must call this."""
+        self.number = max_over_processes(int(self.number), device)
+        return self.number > 0
+
+
+class Log:
+    """Writes log.jsonl and lines on stdout: means since the last report, speed, time left.
+
+    Every process has one, since the means are over all processes, but only rank 0 writes. A resumed
+    run first drops the lines after its checkpoint.
+    """
+
+    def __init__(self, out: Path, start: int, steps: int):
+        self.file = out / "log.jsonl"
+        self.start = start
+        self.steps = steps
+        self.rank, _ = rank_and_world()
+        self.terms: dict[str, list[Tensor]] = {}  # since the last report
+        self.last_step = start
+        self.minutes = 0.0  # of training so far, without saving and drawing
+        self.began = time.monotonic()
+        self.last_time = self.began
+        if self.rank == 0:
+            lines = self.file.read_text().splitlines() if start and self.file.exists() else []
+            kept = [line for line in lines if step_of(line) <= start]
+            for line in kept:
+                self.minutes = json.loads(line).get("minutes", self.minutes)
+            text = "".join(line + "\n" for line in kept)
+            write_file(self.file, lambda f: f.write(text.encode()))
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Adds the named values of a pass, tensors of any shape, without waiting for a GPU."""
+        for name, values in terms.items():
+            self.terms.setdefault(name, []).append(values.detach().float().mean())
+
+    def report(self, step: int, batch_size: int, last: dict) -> None:
+        """Writes the means since the last report, then the values of `last`.
+
+        All processes must call this.
+        """
+        means = torch.stack([torch.stack(parts).mean() for parts in self.terms.values()])
+        values = dict(zip(self.terms, mean_over_processes(means).tolist(), strict=True))
+        now = time.monotonic()
+        seconds = max(now - self.last_time, 1e-9)
+        self.minutes += seconds / 60
+        speed = (step - self.last_step) * batch_size / seconds
+        values |= last | {"images_per_s": speed, "minutes": self.minutes}
+        left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
+        self.write(step, values, f"{duration(left)} left")
+        self.terms = {}
+        self.last_step = step
+        self.last_time = now
+
+    def write(self, step: int, values: dict, note: str = "") -> None:
+        """Writes one line to log.jsonl and to stdout."""
+        if self.rank > 0:
+            return
+        with self.file.open("a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+        parts = [f"step {step}/{self.steps}"]
+        for name, value in values.items():
+            if name == "loss" and value == values.get("nats_per_dim"):
+                continue  # the same number is printed as nats_per_dim
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        print("  ".join([*parts, note]).rstrip(), flush=True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context for saving and drawing, whose time counts neither in images/s nor in minutes."""
+        start = time.monotonic()
+        yield
+        self.last_time += time.monotonic() - start
+
+
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinity for a line cut short when the run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
 
 
 # ----------------------------------------------------------------------------- how a run begins
 @dataclass
-class Start:
-    """What a run begins with, whether it is new, resumed or a distillation."""
+class Run:
+    """What a run's checkpoint holds besides the model, for --resume to be exact to the bit."""
 
-    config: object  # the model's Config
-    train: Train
-    state: RunState
-    model: torch.nn.Module | None = None  # None: still to be built
+    preset: str  # name in the model's PRESETS
+    training: dict  # the fields of Train
+    distill: bool  # the weights in training are those of `model.distiller()`
+    precision: str  # float32 or bfloat16, decided when the run began
+    classes: list | None = None  # names of the classes; None: they are numbers
+    conditions: Tensor | None = None  # (m, k) some of the labels, where these are vectors
+    digest: str = ""  # identifies the images, wherever they are stored
+    step: int = 0  # optimizer steps done; with the seed it fixes order, noise and label drops
+    skipped: int = 0  # steps skipped because their gradient norm was an outlier
+    outliers: int = 0  # how many steps in a row have been skipped just now
+    norms: list = field(default_factory=list)  # gradient norms of the last 100 steps taken
+    optimizer: list | None = None  # the state of each optimizer
+    raw_weights: dict | None = None  # with EMA: the trained weights; `weights` are the averages
 
 
-def fresh(args, module, device: torch.device) -> Start:
-    """A new run: the preset's settings, overridden by the flags."""
+def saved_run(saved: Saved) -> tuple[Train, Run]:
+    """The settings and the state of the run that wrote a checkpoint."""
+    try:
+        run = Run(**saved.extra)
+    except TypeError:
+        raise UserError(f"{saved.file}: holds a model but no training run; expected a checkpoint "
+                        "that train.py wrote") from None
+    return Train(**run.training), run
+
+
+def new_run(args, module, precision: str) -> tuple[object, Train, Run]:
+    """The preset's settings, overridden by the flags: (the model's Config, Train, Run)."""
     preset = args.preset or first_preset(module)
     config = dataclasses.replace(module.PRESETS[preset], **given(args, module.Config))
-    train = dataclasses.replace(preset_settings(module, preset), **given(args, Train))
+    train = Train(**module.TRAINING.get(preset, {}) | given(args, Train))
     if getattr(config.sampling, "denoise", 0):
         # Denoising removes the noise that training ends with, so it follows --noise-end.
         sigma = train.noise_end if train.noise == "gaussian" else 0.0
         sampling = dataclasses.replace(config.sampling, denoise=sigma)
         config = dataclasses.replace(config, sampling=sampling)
-    precision = pick_precision(args.precision, device)
-    return Start(config, train, RunState(preset, {}, distill=False, precision=precision))
+    return config, train, Run(preset, {}, distill=False, precision=precision)
 
 
-def distilled(args, module, device: torch.device) -> Start:
+def distilled_run(args, model: nn.Module, saved: Saved, precision: str) -> tuple[Train, Run]:
     """A student's run: the teacher's settings, but a fifth of its steps and only its last noise."""
-    model, teacher = load_run(args.distill, device)
+    train, teacher = saved_run(saved)
+    changed = given(args, type(model.config))
     if not hasattr(model, "distiller"):
-        raise UserError(f"--distill: {model.model_name} has no student; expected a run of farmer "
-                        "or of a variant of it")
-    if given(args, module.Config):
-        raise UserError(f"--distill: got {', '.join(given(args, module.Config))}, but a student "
-                        "keeps its teacher's config; leave the model's flags out")
+        raise UserError(f"--distill: {saved.name} has no student; expected a run of farmer or of a "
+                        "variant of it")
+    if changed:
+        raise UserError(f"--distill: got {', '.join(changed)}, but a student keeps its teacher's "
+                        "config; leave the model's flags out")
     if teacher.distill:
-        raise UserError(f"--distill: {args.distill} has a student already; pass the run that it "
-                        "was distilled from")
-    train = Train(**teacher.training)
+        raise UserError(f"--distill: {saved.file} has a student already; pass the run that it was "
+                        "distilled from")
     train = dataclasses.replace(
         train, steps=max(1, train.steps // 5), noise_start=train.noise_end)
     train = dataclasses.replace(train, **given(args, Train))
-    precision = pick_precision(args.precision, device)
-    state = RunState(
-        teacher.preset, {}, distill=True, precision=precision, classes=teacher.classes)
-    return Start(model.config, train, state, model)
+    return train, Run(teacher.preset, {}, distill=True, precision=precision,
+                      classes=teacher.classes)
 
 
-def resumed(args, module, device: torch.device, out: Path) -> Start:
-    """The run in `out`, as it was saved. Only the data's path, steps and seed may change."""
-    model, state = load_run(out, device)
-    train = Train(**state.training)
-    asked = given(args, Train) | given(args, module.Config)
-    asked["model"] = args.model
-    asked["preset"] = args.preset or state.preset
-    have = dataclasses.asdict(model.config) | state.training
-    have["model"] = model.model_name
-    have["preset"] = state.preset
+def resumed_run(args, config, saved: Saved) -> tuple[Train, Run]:
+    """The run as it was saved. Only the data's path, steps and seed may change."""
+    before, run = saved_run(saved)
+    have = dataclasses.asdict(config) | run.training
+    have |= dict(preset=run.preset, precision=run.precision)
+    asked = given(args, Train) | given(args, type(config))
+    asked["preset"] = args.preset or run.preset
+    if args.precision in ("float32", "bfloat16"):
+        asked["precision"] = args.precision
     for name, value in asked.items():
         if value != have[name] and name not in ("data", "steps", "seed"):
-            raise UserError(f"--resume: {name} is {have[name]} in {out / 'ckpt.pt'}, but {value} "
-                            "was asked for; leave the flag out, or start a new run with "
-                            "another --out")
-    for name in ("steps", "seed"):
-        if name in asked and asked[name] != have[name]:
-            warn(f"{name} was {have[name]} and is {asked[name]} from step {state.step} on")
-    if args.precision not in ("auto", state.precision):
-        raise UserError(f"--precision: got {args.precision}, but the run began in "
-                        f"{state.precision}; leave the flag out")
-    return Start(model.config, dataclasses.replace(train, **given(args, Train)), state, model)
+            raise UserError(f"--resume: {name} is {have[name]} in {saved.file}, but {value} was "
+                            "asked for; leave the flag out, or start a new run with another --out")
+    train = dataclasses.replace(before, **given(args, Train))
+    if train.seed != before.seed:
+        warn(f"seed was {before.seed} and is {train.seed} from step {run.step} on")
+    if train.steps != before.steps:
+        moved = [f"lr from {lr_at(before, run.step):.3g} to {lr_at(train, run.step):.3g}"]
+        if noise_at(train, 0) is not None:
+            moved.append(f"the noise's std from {noise_at(before, run.step):.3g} to "
+                         f"{noise_at(train, run.step):.3g}")
+        warn(f"steps was {before.steps} and is {train.steps} from step {run.step} on; the "
+             f"schedules run over all steps, so this moves {' and '.join(moved)}")
+    return train, run
 
 
-def output_directory(args, name: str, module) -> Path:
+def new_model(name: str, config, images, train: Train, device: torch.device) -> nn.Module:
+    """A new model from the seed; its fit() sees up to 4,000 images with the noise of step 0."""
+    torch.manual_seed(train.seed)
+    model = build(name, config)
+    if hasattr(model, "fit"):
+        places = np.linspace(0, len(images) - 1, min(len(images), 4000)).astype(np.int64)
+        pixels, _ = images.batch(places)
+        generators = image_generators(train.seed, places, torch.device("cpu"))
+        model.fit(dequantize(pixels, train.noise, noise_at(train, 0), generators))
+    return model.to(device)
+
+
+def open_data(config, train: Train, run: Run, num_classes: int | None, module):
+    """The images of a run -> Split. Fills in what the run keeps about them."""
+    split = open_split(
+        train.data, config.image_size, config.channels, train.holdout, train.enlarge,
+        classes=run.classes, num_classes=num_classes, own=getattr(module, "open_images", None))
+    if run.digest not in ("", split.digest):
+        raise UserError("--resume: these are not the images that the run began with; pass the "
+                        "right --data, or start a new run with another --out")
+    run.digest = split.digest
+    run.classes = split.classes
+    labels = split.train.labels
+    if labels is not None and labels.ndim == 2:
+        some = np.linspace(0, len(labels) - 1, min(len(labels), 1000)).astype(np.int64)
+        run.conditions = torch.from_numpy(labels[some])
+    return split
+
+
+# ----------------------------------------------------------------------------- training
+def train_model(args, how: How, name: str, module, saved: Saved | None, out: Path,
+                device: torch.device) -> None:
+    """Trains to the last step, saving into `out`.
+
+    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
+    """
+    rank, world = rank_and_world()
+    file = out / "ckpt.pt"
+    resuming = saved is not None and saved.file == file
+    facts = {}
+
+    # 1. What to train, and from which step.
+    with agreeing(facts):
+        check_folder(out, resuming or rank > 0)
+        precision = pick_precision(how.precision, device)
+        model = None
+        if saved is None:
+            config, train, run = new_run(args, module, precision)
+        else:
+            model = restore(saved, device)
+            config = model.config
+            if resuming:
+                train, run = resumed_run(args, config, saved)
+            else:
+                train, run = distilled_run(args, model, saved, precision)
+        train = dataclasses.replace(train, data=absolute(train.data))
+        run.training = dataclasses.asdict(train)
+        micro_batch = how.micro_batch or max(1, train.batch_size // world)
+        passes, rest = divmod(train.batch_size, world * micro_batch)
+        if rest:
+            raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
+                            f"(processes) x micro-batch {micro_batch}; change one of these")
+        facts |= dict(model=name, step=run.step, training=run.training, precision=run.precision)
+    if run.step >= train.steps:
+        if rank == 0:
+            print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
+        return
+    if args.resume and not resuming:
+        warn(f"{out} holds no ckpt.pt yet: starting at step 0")
+
+    # 2. Data and model. A new model gets as many classes as the data has, or --num-classes. `net`
+    # computes the loss and is trained: the model itself, or the distiller of its student.
+    with agreeing(facts):
+        num_classes = args.num_classes if model is None else config.num_classes
+        split = open_data(config, train, run, num_classes, module)
+        facts["data"] = split.digest
+        if model is None:
+            config = dataclasses.replace(config, num_classes=split.num_classes)
+            model = new_model(name, config, split.train, train, device)
+        model.floats = split.train.array.dtype != np.uint8
+        if run.conditions is not None and train.label_drop and not hasattr(model, "drop_labels"):
+            raise UserError(f"label_drop: got {train.label_drop}, but the labels are vectors and "
+                            "the model has no drop_labels(labels, mask); expected 0")
+        net = model.distiller() if run.distill else model
+        if (how.compile or how.checkpointing) and not layers_of(net):
+            raise UserError("--compile, --checkpointing: got one of them, but the model lists no "
+                            "layers(); leave it out")
+        opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
+        if rank == 0:
+            lock = lock_folder(out, resuming)  # noqa: F841  (held until this function ends)
+    compiling = device.type == "cuda" if args.compile is None else args.compile
+    prepare_layers(net, compiling, how.checkpointing)
+    params = [p for p in net.parameters() if p.requires_grad]
+    ddp = net.train()
+    if world > 1:  # every process starts from the weights of rank 0
+        ddp = DistributedDataParallel(
+            net, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
+    ema = EMA(params, train.ema) if train.ema else None
+    averaged = ema.applied if train.ema else contextlib.nullcontext
+    saved_at = run.step  # the step that ckpt.pt holds
+
+    def save_run() -> None:
+        nonlocal saved_at
+        if rank == 0:
+            extra = vars(run) | dict(optimizer=[opt.state_dict() for opt in opts])
+            if ema is not None:
+                weights = model.state_dict()
+                extra["raw_weights"] = {key: weight.clone() for key, weight in weights.items()}
+            with averaged():
+                save(file, model, **extra)
+        saved_at = run.step
+
+    def validate_and_draw(validate: bool, draw: bool) -> None:
+        """Likelihood of up to 500 held-out images, with the noise of the end; samples.png."""
+        likely = hasattr(model, "log_prob") and train.noise != "none" and not run.distill
+        model.eval()
+        with averaged():
+            if validate and likely and split.held_out is not None:
+                values = evaluate(model, split.held_out, train.noise, train.noise_end, num=500)
+                log.write(run.step, {f"val_{key}": value for key, value in values.items()})
+            if draw and can_be_shown(model):
+                picture = sample_grid(model, train.seed, run.classes, run.conditions)
+                if rank == 0:
+                    write_picture(out / "samples.png", picture)
+        net.train()
+
+    if run.step == 0:
+        save_run()  # a run that diverges early leaves something to look at
+        if rank == 0 and not model.floats:
+            sheet = data_sheet(split.train, run.classes, config.num_classes)
+            write_picture(out / "data.png", sheet)
+    else:
+        with reading(file, "use an older checkpoint"):
+            if ema is not None:
+                model.load_state_dict(run.raw_weights)
+            for opt, values in zip(opts, run.optimizer, strict=True):
+                opt.load_state_dict(values)
+        run.optimizer = run.raw_weights = None
+    log = Log(out, run.step, train.steps)
+    if rank == 0:
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"data: {split.summary}\n"
+              f"{name} {run.preset}: {size:.2f}M parameters, steps {run.step} to {train.steps}, "
+              f"{world} x {device}, {run.precision}, into {out}", flush=True)
+        if compiling:
+            print("compiling the layers (about a minute)", flush=True)
+
+    # 3. The steps.
+    order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
+    source = batches(
+        split.train, batch_size=train.batch_size, start_step=run.step, seed=train.seed,
+        rank=rank, world=world, flip=train.flip, epoch_order=order)
+    try:
+        with StopSignals() as stop, contextlib.closing(source):
+            while run.step < train.steps and not stop.asked(device):
+                # Learning rate and noise of this step.
+                sigma = noise_at(train, run.step)
+                lr = lr_at(train, run.step)
+                for opt in opts:
+                    for group in opt.param_groups:
+                        group["lr"] = lr
+
+                # Gradients of the mean loss over the global batch. `numbers` counts the images of
+                # the whole run: image j of step s has number s * batch_size + j.
+                images, labels, numbers = next(source)
+                loss = torch.zeros((), device=device)
+                for i in range(passes):
+                    part = slice(i * micro_batch, (i + 1) * micro_batch)
+                    n = numbers[part]
+                    noise = image_generators(train.seed, n, device)
+                    x = dequantize(images[part].to(device), train.noise, sigma, noise)
+                    y = drop_labels(model, labels[part], n, train).to(device)
+                    generators = image_generators(train.seed + 1, n, device)
+                    more = world > 1 and i + 1 < passes  # gradients are exchanged in the last pass
+                    with training_precision(device, run.precision):
+                        with ddp.no_sync() if more else contextlib.nullcontext():
+                            terms = ddp(x, y, generators)
+                            part_loss = terms["loss"].mean() / passes
+                            part_loss.backward()
+                    loss += part_loss.detach()
+                    if train.noise == "uniform" and "nats_per_dim" in terms:
+                        terms["bits_per_dim"] = bits_per_dim(terms["nats_per_dim"])
+                    log.add(terms)
+                loss = float(mean_over_processes(loss))
+                if not math.isfinite(loss):
+                    raise UserError(f"step {run.step}: the loss is not finite ({loss}); continue "
+                                    "with --resume and a new --seed, or start again with a lower "
+                                    "--lr")
+                grad_norm = torch.nn.utils.clip_grad_norm_(params, train.clip or math.inf)
+                log.add({"grad_norm": grad_norm})
+                norm = float(grad_norm)
+
+                # The update, unless the gradient is an outlier.
+                limit = math.inf
+                if train.guard and len(run.norms) >= 50:
+                    limit = train.guard * statistics.median(run.norms)
+                if math.isfinite(norm) and norm <= limit:
+                    for opt in opts:
+                        opt.step()
+                    run.norms = (run.norms + [norm])[-100:]
+                    run.outliers = 0
+                    if ema is not None:
+                        ema.update(run.step + 1)
+                else:
+                    run.skipped += 1
+                    run.outliers += 1
+                    if run.outliers == 20:
+                        raise UserError(f"step {run.step}: 20 steps in a row were skipped, because "
+                                        f"their gradient norms (now {norm:.3g}) were not finite or "
+                                        f"above the limit of {limit:.3g}; start again with a lower "
+                                        "--lr, or with --guard 0")
+                for opt in opts:
+                    opt.zero_grad()
+                run.step += 1
+
+                # Log, save, draw.
+                step = run.step
+                last = step == train.steps
+                if last or step in (1, 2, 5, 10, 20) or step % how.log_every == 0:
+                    last_values = dict(lr=lr, sigma=sigma, skipped=run.skipped)
+                    log.report(step, train.batch_size, last_values)
+                with log.paused():
+                    if last or step % how.save_every == 0:
+                        save_run()
+                    validate = last or (how.val_every and step % how.val_every == 0)
+                    draw = last or (how.sample_every and step % how.sample_every == 0)
+                    if validate or draw:
+                        validate_and_draw(validate, draw)
+            if run.step > saved_at:
+                save_run()
+    except (UserError, OSError) as error:
+        raise UserError(f"{error}; saved at step {saved_at}, in {file}") from error
+    leave()
+    if stop.number:
+        if rank == 0:
+            print(f"stopped at step {run.step}, saved; continue with: python train.py --resume "
+                  f"--out {out}", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    if rank == 0:
+        seen = f"see {out / 'samples.png'}; more " if can_be_shown(model) else ""
+        print(f"done: {seen}samples with: python sample.py {out}")
+
+
+# ----------------------------------------------------------------------------- evaluation
+def evaluate_run(args, module, saved: Saved, device: torch.device) -> None:
+    """--eval: prints the likelihood of the run's held-out images, its test split, or other data."""
+    free = ("data", "enlarge", "holdout", "noise", "noise_end")
+    fixed = [*given(args, module.Config), *(set(given(args, Train)) - set(free))]
+    if fixed or args.preset:
+        raise UserError(f"--eval: got {', '.join(sorted(fixed)) or 'preset'}; only "
+                        f"{', '.join(free)} may be set; the checkpoint determines the rest")
+    facts = {}
+    with agreeing(facts):
+        model = restore(saved, device)
+        train, run = saved_run(saved)
+        train = dataclasses.replace(train, **given(args, Train))
+        c = model.config
+        split = open_split(
+            train.data, c.image_size, c.channels, 0, train.enlarge, classes=run.classes,
+            num_classes=c.num_classes, own=getattr(module, "open_images", None))
+        facts["data"] = split.digest
+        own = split.digest == run.digest
+        images = split.train if split.held_out is None else split.held_out
+        if train.holdout and (own or args.holdout is not None):
+            _, images = hold_out(split.train, train.holdout)
+    rank, _ = rank_and_world()
+    if rank == 0:
+        print(f"data: {split.summary}; evaluated: {len(images)} images", file=sys.stderr)
+    result = evaluate(model, images, train.noise, train.noise_end, quiet=False)
+    leave()
+    if own and images is split.train:
+        warn("the run held out no images (--holdout), so this is the likelihood of its training "
+             "images")
+    if rank == 0:
+        print(json.dumps(result, indent=1))
+
+
+# ----------------------------------------------------------------------------- command line
+def output_directory(args, name: str) -> Path:
     """--out, or by default runs/PRESET, runs/MODEL-PRESET, or the teacher's folder and -student."""
     if args.out is not None:
         return expanded(args.out)
@@ -285,257 +753,65 @@ def output_directory(args, name: str, module) -> Path:
         teacher = checkpoint_path(args.distill).resolve()
         teacher = teacher.parent if teacher.name == "ckpt.pt" else teacher.with_suffix("")
         return teacher.with_name(f"{teacher.name}-student")
-    preset = args.preset or first_preset(module)
+    preset = args.preset or first_preset(model_file(name))
     if name == DEFAULT_MODEL:
         return Path("runs", preset)
     return Path("runs", f"{name.rpartition('.')[2]}-{preset}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    name, module = named_model(argv)
-    args = parse(argv, name, module)
-    device = pick_device(args.device)
+    # First the flags that decide which others there are: those of a model, with a preset's values.
+    first = Parser(prog="train.py", add_help=False)
+    first.add_argument("--model", metavar="NAME",
+                       help=f"name of the model's file (default: {DEFAULT_MODEL})")
+    first.add_argument("--preset", metavar="NAME", help="model and training settings, see below")
+    first.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET)")
+    first.add_argument("--resume", action="store_true",
+                       help="continue from OUT/ckpt.pt; only --steps, --seed and, if the data has "
+                       "moved, --data may change")
+    first.add_argument("--eval", metavar="DIR_OR_CKPT",
+                       help="print the held-out likelihood of a trained model")
+    first.add_argument("--distill", metavar="DIR_OR_CKPT",
+                       help="train the one-step student of a trained model")
+    args, _ = first.parse_known_args(argv)
+    if args.eval is not None and args.distill is not None:
+        raise UserError("--eval, --distill: got both, expected only one of them")
+
+    # A checkpoint knows its model.
+    name = args.model or DEFAULT_MODEL
+    saved = None
     if args.eval is not None:
-        evaluate_run(args, module, device)
-        return
-    out = output_directory(args, name, module)
-    resuming = args.resume and (out / "ckpt.pt").is_file()
-    if resuming:
-        start = resumed(args, module, device, out)
-    elif args.distill is not None:
-        start = distilled(args, module, device)
+        saved = read(args.eval)
     else:
-        start = fresh(args, module, device)
-    if args.resume and not resuming:
-        warn(f"{out} holds no ckpt.pt yet: starting at step 0")
-    if start.state.step >= start.train.steps:
-        print(f"{out}: finished at step {start.state.step}; to continue, pass a larger --steps")
-        return
-    with run_directory(out, resuming):
-        train_model(args, name, module, device, start, out)
+        out = output_directory(args, name)
+        if args.resume and (out / "ckpt.pt").is_file():
+            saved = read(out)
+        elif args.distill is not None:
+            saved = read(args.distill)
+    if saved is not None and args.model not in (None, saved.name):
+        raise UserError(f"--model: got {args.model}, but {saved.file} holds a model of "
+                        f"{saved.name}; leave the flag out")
+    name = saved.name if saved else name
+    module = saved.module if saved else model_file(name)
+    preset = args.preset or first_preset(module)
+    if preset not in module.PRESETS:
+        raise UserError(f"--preset: got {preset}, expected {', '.join(module.PRESETS)}")
 
-
-# ----------------------------------------------------------------------------- training
-def train_model(args, name: str, module, device: torch.device, start: Start, out: Path) -> None:
-    """Trains from `start` to the last step, saving into `out`.
-
-    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
-    """
-    state = start.state
-    model = start.model
-    c = start.config
-    train = dataclasses.replace(start.train, data=absolute(start.train.data))
-    state.training = dataclasses.asdict(train)
-
-    # Data. A new model gets as many classes as the data has, or --num-classes.
-    num_classes = args.num_classes if model is None else c.num_classes
-    split = open_split(
-        train.data, c.image_size, c.channels, train.holdout, train.enlarge,
-        classes=state.classes, num_classes=num_classes,
-        own=getattr(module, "open_images", None))
-    if state.step and split.digest != state.digest:
-        raise UserError("--resume: these are not the images that the run began with; pass the "
-                        "right --data, or start a new run with another --out")
-    state.digest = split.digest
-    state.classes = split.classes
-    rank, world = join(device)
-    micro_batch = args.micro_batch or max(1, train.batch_size // world)
-    if train.batch_size % (world * micro_batch):
-        raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
-                        f"(processes) x micro-batch {micro_batch}; change one of these")
-    passes = train.batch_size // (world * micro_batch)
-
-    # Model. `net` computes the loss and is trained: the model itself, or the distiller of its
-    # student. `ddp` is `net` over all processes.
-    if model is None:
-        config = dataclasses.replace(c, num_classes=split.num_classes)
-        model = new_model(name, config, split.train, train, device)
-    null = model.config.num_classes
-    net = model.distiller() if state.distill else model
-    compiling = device.type == "cuda" if args.compile is None else args.compile
-    prepare_layers(net, compiling, args.checkpointing)
-    params = [p for p in net.parameters() if p.requires_grad]
-    ddp = parallel(net.train(), device)
-
-    # What the loop uses.
-    opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
-    ema = EMA(params, train.ema) if train.ema else None
-    checkpoint = Checkpoint(out, model, opts, ema, state, args.keep, rank)
-    if state.step == 0:
-        checkpoint.save()  # a run that diverges early leaves something to look at
+    # Then all flags. One that is not given is None.
+    parser = Parser(prog="train.py", description=__doc__, usage="python train.py [options]",
+                    parents=[first], epilog=f"presets: {', '.join(module.PRESETS)}")
+    parser.add_settings(f"training (defaults of the preset {preset})",
+                        Train(**module.TRAINING.get(preset, {})))
+    parser.add_settings(f"model (defaults of the preset {preset})", module.PRESETS[preset])
+    parser.add_settings("how it runs (changes results by rounding at most)", How())
+    args = parser.parse_args(argv)
+    how = How(**given(args, How))
+    device = pick_device(how.device)
+    join(device)
+    if args.eval is not None:
+        evaluate_run(args, module, saved, device)
     else:
-        checkpoint.restore()  # optimizers and averages; load_run has read the model
-    log = Log(out, state.step, train.steps, rank, args.tensorboard)
-    order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
-    source = batches(
-        split.train, batch_size=train.batch_size, start_step=state.step, seed=train.seed,
-        rank=rank, world=world, workers=args.workers, flip=train.flip, epoch_order=order)
-    if rank == 0:
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"data: {split.summary}")
-        print(f"{name} {state.preset}: {size:.2f}M parameters, steps {state.step} to "
-              f"{train.steps}, {world} x {device}, {state.precision}, into {out}", flush=True)
-        if compiling:
-            print("compiling the layers (about a minute)", flush=True)
-
-    with StopSignals() as stop, checkpoint.saving_on_error():
-        while state.step < train.steps and not stop.asked(device):
-            # 1. Learning rate and noise of this step.
-            sigma = noise_at(train, state.step)
-            lr = lr_at(train, state.step)
-            for opt in opts:
-                for group in opt.param_groups:
-                    group["lr"] = lr
-
-            # 2. Gradients of the mean loss over the global batch. `numbers` counts the images of
-            # the whole run: image j of step s has number s * batch_size + j.
-            images, labels, numbers = next(source)
-            loss = torch.zeros((), device=device)
-            for i in range(passes):
-                part = slice(i * micro_batch, (i + 1) * micro_batch)
-                n = numbers[part]
-                pixels = images[part].to(device, non_blocking=True)
-                x = dequantize(pixels, train.noise, sigma, image_generators(train.seed, n, device))
-                y = drop_labels(labels[part], n, train, null).to(device, non_blocking=True)
-                generators = image_generators(train.seed + 1, n, device)  # not those of the noise
-                with training_precision(device, state.precision):
-                    with accumulating(ddp, more=i + 1 < passes):
-                        terms = ddp(x, y, generators)
-                        part_loss = terms["loss"].mean() / passes
-                        part_loss.backward()
-                loss += part_loss.detach()
-                if train.noise == "uniform" and "nats_per_dim" in terms:
-                    terms["bits_per_dim"] = bits_per_dim(terms["nats_per_dim"])
-                log.add(terms)
-            loss = float(mean_over_processes(loss))
-            if not math.isfinite(loss):
-                raise Diverged(f"step {state.step}: the loss is not finite ({loss}); "
-                               f"{checkpoint.file} still holds step {checkpoint.saved}: continue "
-                               "from it with --resume and a new --seed, or start again with a "
-                               "lower --lr")
-            norm = float(torch.nn.utils.clip_grad_norm_(params, train.clip or math.inf))
-
-            # 3. The update, unless the gradient is an outlier.
-            limit = math.inf
-            if train.guard and len(state.norms) >= 50:
-                limit = train.guard * statistics.median(state.norms)
-            if math.isfinite(norm) and norm <= limit:
-                for opt in opts:
-                    opt.step()
-                state.norms = (state.norms + [norm])[-100:]
-                state.outliers = 0
-                if ema is not None:
-                    ema.update(state.step + 1)
-            else:
-                state.skipped += 1
-                state.outliers += 1
-                if state.outliers == 20:
-                    raise Diverged(f"step {state.step}: 20 steps in a row were skipped, because "
-                                   f"their gradient norms (now {norm:.3g}) were not finite or "
-                                   f"above the limit of {limit:.3g}; start again with a lower "
-                                   "--lr, or with --guard 0")
-            for opt in opts:
-                opt.zero_grad()
-            state.step += 1
-
-            # 4. Log, save, draw.
-            step = state.step
-            last = step == train.steps
-            log.add({"grad_norm": torch.tensor(norm, device=device)})
-            if last or step in (1, 2, 5, 10, 20) or step % args.log_every == 0:
-                log.report(step, train.batch_size, dict(lr=lr, sigma=sigma, skipped=state.skipped))
-            with log.paused():
-                if last or step % args.save_every == 0:
-                    checkpoint.save()
-                draw = last or (args.sample_every and step % args.sample_every == 0)
-                validate = last or (args.val_every and step % args.val_every == 0)
-                if draw or validate:
-                    validate_and_draw(model, split, train, state, ema, log, out, draw, validate)
-                    net.train()
-        if state.step > checkpoint.saved:
-            checkpoint.save()
-    leave()
-    if stop.number:
-        if rank == 0:
-            print(f"stopped at step {state.step}, saved; continue with: python train.py --resume "
-                  f"--out {out}", file=sys.stderr)
-        sys.exit(128 + stop.number)
-    if rank == 0:
-        print(f"done: see {out / 'samples.png'}; more samples with: python sample.py {out}")
-
-
-def absolute(data: str) -> str:
-    """The path of the data made absolute, so that a run can be resumed from any folder."""
-    if data.partition(":")[0] in ("digits", *KNOWN):
-        return data
-    path = expanded(data)
-    return str(path.resolve()) if path.exists() else data
-
-
-def new_model(name: str, config, dataset, train: Train, device: torch.device) -> torch.nn.Module:
-    """A new model from the seed; its fit() sees up to 4,000 images with the noise of step 0."""
-    torch.manual_seed(train.seed)
-    model = build(name, config)
-    if hasattr(model, "fit"):
-        places = np.linspace(0, len(dataset) - 1, min(len(dataset), 4000)).astype(np.int64)
-        images, _ = dataset.batch(places)
-        generators = image_generators(train.seed, places, torch.device("cpu"))
-        model.fit(dequantize(images, train.noise, noise_at(train, 0), generators))
-    return model.to(device)
-
-
-def validate_and_draw(model, split, train: Train, state: RunState, ema: EMA | None, log: Log,
-                      out: Path, draw: bool, validate: bool) -> None:
-    """Logs the held-out likelihood and draws samples.png, with the averaged weights if --ema is on.
-
-    All processes share the work. The likelihood is of up to 500 held-out images with the noise of
-    the end of training, so it lies below the training loss as long as training uses more noise.
-    """
-    model.eval()
-    likelihood = hasattr(model, "log_prob") and train.noise != "none" and not state.distill
-    with ema.applied() if ema is not None else contextlib.nullcontext():
-        if validate and likelihood and split.held_out is not None:
-            values = evaluate(model, split.held_out, train.noise, train.noise_end, num=500)
-            log.write(state.step, {f"val_{key}": value for key, value in values.items()})
-        if draw:
-            picture = sample_grid(model, train.seed, state.classes)
-            if picture is not None:
-                write_file(out / "samples.png", lambda file: picture.save(file, "PNG"))
-
-
-# ----------------------------------------------------------------------------- evaluation
-def evaluate_run(args, module, device: torch.device) -> None:
-    """--eval: prints the likelihood of the run's held-out images, its test split, or other data."""
-    free = ("data", "enlarge", "holdout", "noise", "noise_end")
-    fixed = [*given(args, module.Config), *(set(given(args, Train)) - set(free))]
-    if fixed or args.preset:
-        raise UserError(f"--eval: got {', '.join(sorted(fixed)) or 'preset'}; only "
-                        f"{', '.join(free)} may be set; the checkpoint determines the rest")
-    model, state = load_run(args.eval, device)
-    train = dataclasses.replace(Train(**state.training), **given(args, Train))
-
-    def split_of(holdout: int):
-        c = model.config
-        return open_split(
-            train.data, c.image_size, c.channels, holdout, train.enlarge, classes=state.classes,
-            num_classes=c.num_classes, own=getattr(module, "open_images", None))
-
-    holdout = train.holdout
-    if args.data is not None and args.holdout is None:
-        if split_of(0).digest != state.digest:  # these are not the images of the run
-            holdout = 0
-    split = split_of(holdout)
-    dataset = split.train if split.held_out is None else split.held_out
-    rank, _ = join(device)
-    if rank == 0:
-        print(f"data: {split.summary}; evaluated: {len(dataset)} images", file=sys.stderr)
-    result = evaluate(model, dataset, train.noise, train.noise_end, quiet=rank > 0)
-    leave()
-    if rank == 0:
-        if split.held_out is None and split.digest == state.digest:
-            warn("the run held out no images (--holdout), so this is the likelihood of its "
-                 "training images")
-        print(json.dumps(result, indent=1))
+        train_model(args, how, name, module, saved, out, device)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import os
+import re
 import sys
 import tempfile
 import time
-import types
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# What write_file calls a file that is not complete yet; the * is random.
+UNFINISHED = ".{name}.*.unfinished"
 
 
 # ----------------------------------------------------------------------------- errors
@@ -23,6 +26,9 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
     Models raise plain ValueErrors for bad settings, so those count too. Any other exception is a
     bug and keeps its traceback; FARMER_DEBUG=1 shows the traceback of every error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that cannot be printed is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
     except KeyboardInterrupt:
@@ -30,24 +36,33 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("FARMER_DEBUG"):
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = "RANK" in os.environ and "closed by peer" in str(error)
+        if os.environ.get("FARMER_DEBUG") or isinstance(error, RuntimeError) and not lost:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, UserError):
+        if lost:
+            message = "another process has ended; its own message says why"
+        elif not isinstance(error, UserError):
             message += " (FARMER_DEBUG=1 shows where)"
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{script()}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-def warn(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr, flush=True)
+def script() -> str:
+    """The name of the running script."""
+    return Path(sys.argv[0]).name
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+def is_first() -> bool:
+    """Whether this is the only process or the first one that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(message: str, everywhere: bool = False) -> None:
+    """Prints a warning, in the first process only or everywhere."""
+    if everywhere or is_first():
+        print(f"{script()}: warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -61,7 +76,8 @@ def reading(path: str | Path, advice: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {first_line(error)}"
+        lines = str(error).strip().splitlines() or [""]
+        cause = f"{type(error).__name__}: {lines[0][:200]}"
         raise UserError(f"{path}: cannot be read ({cause}); {advice}") from error
 
 
@@ -75,24 +91,40 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args([dashed(a) for a in arguments], namespace)
+        dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), a) for a in arguments]
+        return super().parse_known_args(dashed, namespace)
 
     def error(self, message):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
+    def add_settings(self, title: str, defaults) -> None:
+        """A group with a flag for each field of `defaults`, an instance of a dataclass.
 
-def dashed(argument: str) -> str:
-    """--noise_end=0.1 -> --noise-end=0.1; anything but a long flag stays as it is."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-def flag_of(field_name: str) -> str:
-    """noise_end -> --noise-end."""
-    return "--" + field_name.replace("_", "-")
+        The type of a flag is that of the default; its help text and choices are in the field's
+        metadata. A flag that is not given is None. Fields that are dataclasses get no flag. Raises
+        UserError if a field has the name of a flag that the script has already.
+        """
+        group = self.add_argument_group(title)
+        for field in dataclasses.fields(defaults):
+            default = getattr(defaults, field.name)
+            if dataclasses.is_dataclass(default):
+                continue
+            text = field.metadata.get("help", "").replace("%", "%%")
+            options = dict(dest=field.name, default=None, help=f"{text} (default: {default})")
+            if isinstance(default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                kind = type(default)
+                options["type"] = kind
+                options["choices"] = field.metadata.get("choices") or None
+                options["metavar"] = None if options["choices"] else kind.__name__.upper()
+            try:
+                group.add_argument("--" + field.name.replace("_", "-"), **options)
+            except argparse.ArgumentError:
+                kind = type(defaults)
+                raise UserError(f"{kind.__module__}.{kind.__name__}: its field {field.name} has "
+                                "the name of a flag of this script; rename the field") from None
 
 
 def at_least(kind: type, least: float) -> Callable:
@@ -108,45 +140,7 @@ def at_least(kind: type, least: float) -> Callable:
     return convert
 
 
-def value_types(cls: type) -> dict[str, type]:
-    """The type of each field of a dataclass: int for `int` and for `int | None`."""
-    found = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
-        found[name] = kind
-    return found
-
-
-def add_fields(group, cls: type, defaults=None) -> None:
-    """Adds a flag for each field of a dataclass, with the help text and choices in its metadata.
-
-    A flag that is not given is None. The help shows the values of `defaults`, an instance. Fields
-    that are dataclasses themselves get no flag. Raises UserError if a field has the name of a flag
-    that the script already has.
-    """
-    kinds = value_types(cls)
-    for field in dataclasses.fields(cls):
-        kind = kinds[field.name]
-        if dataclasses.is_dataclass(kind):
-            continue
-        text = field.metadata.get("help", "").replace("%", "%%")
-        default = field.default if defaults is None else getattr(defaults, field.name)
-        options = dict(dest=field.name, default=None, help=f"{text} (default: {default})")
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kind
-            options["choices"] = field.metadata.get("choices") or None
-            options["metavar"] = None if options["choices"] else kind.__name__.upper()
-        try:
-            group.add_argument(flag_of(field.name), **options)
-        except argparse.ArgumentError:
-            raise UserError(f"{cls.__module__}.{cls.__name__}: its field {field.name} has the name "
-                            "of a flag of this script; rename the field") from None
-
-
-def given(args: argparse.Namespace, cls: type) -> dict:
+def given(args: argparse.Namespace, cls) -> dict:
     """The fields of a dataclass that the command line sets."""
     values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     return {name: value for name, value in values.items() if value is not None}
@@ -154,23 +148,25 @@ def given(args: argparse.Namespace, cls: type) -> dict:
 
 # ----------------------------------------------------------------------------- progress
 class Progress:
-    """Prints the time left on stderr, in a terminal on one line; silent for two seconds."""
+    """Prints on stderr how far something is and how long it will take.
+
+    It starts after a second: in a terminal one line that changes, elsewhere a line every ten
+    seconds. Only the first process prints.
+    """
 
     def __init__(self, what: str, total: int, quiet: bool = False):
         self.what = what
         self.total = total
-        self.quiet = quiet
-        self.start = time.time()
-        self.last = 0.0
+        self.quiet = quiet or not is_first()
+        self.start = time.monotonic()
+        self.next = self.start + 1
 
     def __call__(self, done: int) -> None:
-        now = time.time()
-        terminal = sys.stderr.isatty()
-        pause = 0.5 if terminal else 30
-        soon = now - self.last < pause and done < self.total
-        if self.quiet or soon or now - self.start < 2:
+        now = time.monotonic()
+        if self.quiet or now < self.next and (done < self.total or now < self.start + 1):
             return
-        self.last = now
+        terminal = sys.stderr.isatty()
+        self.next = now + (0.5 if terminal else 10)
         left = duration((now - self.start) / max(done, 1) * (self.total - done))
         end = "\r" if terminal and done < self.total else "\n"
         line = f"{self.what} {done}/{self.total}, {left} left"
@@ -178,11 +174,8 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """3700 -> 1:01:40, 100 -> 1:40."""
-    s = int(seconds)
-    if s >= 3600:
-        return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
-    return f"{s // 60}:{s % 60:02d}"
+    """3700 -> 1:01:40, 100 -> 0:01:40."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 # ----------------------------------------------------------------------------- files
@@ -199,8 +192,9 @@ def write_file(path: str | Path, write: Callable) -> None:
     """
     path = expanded(path)
     temporary = None
+    prefix, suffix = UNFINISHED.format(name=path.name).split("*")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()

@@ -1,23 +1,21 @@
-"""Several processes under torchrun: device, joining and leaving, DDP, sharing work, a gather.
+"""Several processes under torchrun: device, joining and leaving, agreeing, sharing work.
 
 Without torchrun, each function does the obvious thing for a single process.
 """
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from support.cli import UserError
 
-# Limit for one exchange between processes; it is long, as some may wait while others draw or save.
+# Limit for one exchange between processes; it is long, as some may wait while others read data.
 TIMEOUT = datetime.timedelta(hours=6)
-MESSAGE = 2**26  # bytes of one message in `gather`
 
 
 # ----------------------------------------------------------------------------- devices
@@ -30,9 +28,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError("--device: got cuda, but this PyTorch sees no CUDA GPU; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node: got more processes than the {torch.cuda.device_count()}"
+                        " GPUs of this machine; start one for each GPU")
     torch.backends.cuda.matmul.allow_tf32 = False  # the inverse and the density are to be exact
     torch.backends.cudnn.allow_tf32 = False
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
@@ -62,13 +64,14 @@ def training_precision(device: torch.device, precision: str) -> Iterator[None]:
     What autocast leaves in float32 may then use a GPU's TF32. Evaluation and sampling never do.
     """
     bf16 = precision == "bfloat16"
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = bf16
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = bf16
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = False
 
 
 # ----------------------------------------------------------------------------- processes
@@ -97,29 +100,44 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def agreeing(facts: dict) -> Iterator[None]:
+    """Context of what each process finds out by itself before they work together.
+
+    The body fills `facts`, which must come out as in process 0. If they differ, or the body
+    raises an error that the user can fix in one process, all of them end, process 0 with a
+    UserError and the others in silence.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = raised
+    rank, world = rank_and_world()
+    if world == 1:
+        if error is not None:
+            raise error
+        return
+    everyone = [None] * world
+    dist.all_gather_object(everyone, (None if error is None else str(error), facts))
+    expected = everyone[0][1]
+    for number, (message, found) in enumerate(everyone):
+        if message is None:
+            differing = [name for name in expected if found[name] != expected[name]]
+            if not differing:
+                continue
+            name = differing[0]
+            message = (f"{name} is {found[name]}, but {expected[name]} in process 0; all need the "
+                       "same command and the same files, on a disk that they share")
+        if rank > 0:
+            sys.exit(2)
+        raise UserError(f"process {number}: {message}") from error
+
+
 def share(num: int) -> range:
     """This process's part of 0 ... num - 1: consecutive numbers, in the order of ranks."""
     rank, world = rank_and_world()
     return range(rank * num // world, (rank + 1) * num // world)
-
-
-def parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """What the training loop calls: the module itself, or under torchrun a DDP wrapper.
-
-    DDP starts every process from rank 0's weights.
-    """
-    if rank_and_world()[1] == 1:
-        return module
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def accumulating(module: nn.Module, more: bool):
-    """Context of a pass: gradients are not exchanged while `more` passes of this step follow."""
-    if more and isinstance(module, DistributedDataParallel):
-        return module.no_sync()
-    return contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------- exchange
@@ -135,43 +153,24 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return sum_over_processes(values) / rank_and_world()[1]
 
 
-def max_over_processes(values: Tensor) -> Tensor:
-    """The elementwise maximum of every process's tensor, on every process (in place)."""
-    if dist.is_initialized():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values
+def max_over_processes(value: int, device: torch.device) -> int:
+    """The largest of every process's numbers, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
 
 
-def gather(array: np.ndarray, device: torch.device) -> list[np.ndarray]:
-    """Every process's array (n, ...), in the order of ranks, on rank 0; [] elsewhere.
+def gather(value) -> list:
+    """Every process's value, in the order of ranks, on rank 0; [] elsewhere.
 
-    Arrays may differ in n. They are sent in messages of 64 MiB, with NCCL through the GPU, since
-    50,000 images do not fit into a single one.
+    Values are pickled and may differ in size. All processes must call this. Many images are sent
+    batch by batch: a message has to fit into memory once for each process.
     """
     rank, world = rank_and_world()
-    arrays = [array] if rank == 0 else []
-    for sender in range(1, world):
-        if rank == sender:
-            send(array, device)
-        elif rank == 0:
-            arrays.append(receive(sender, array, device))
-    return arrays
-
-
-def send(array: np.ndarray, device: torch.device) -> None:
-    dist.send(torch.tensor([len(array)], device=device), 0)
-    data = torch.from_numpy(np.ascontiguousarray(array)).flatten().view(torch.uint8)
-    for part in data.split(MESSAGE):
-        dist.send(part.to(device), 0)
-
-
-def receive(sender: int, like: np.ndarray, device: torch.device) -> np.ndarray:
-    n = torch.zeros(1, dtype=torch.long, device=device)
-    dist.recv(n, sender)
-    array = np.empty((int(n), *like.shape[1:]), like.dtype)
-    data = torch.from_numpy(array).flatten().view(torch.uint8)
-    for part in data.split(MESSAGE):
-        message = torch.empty_like(part, device=device)
-        dist.recv(message, sender)
-        part.copy_(message)
-    return array
+    if world == 1:
+        return [value]
+    everyone = [None] * world if rank == 0 else None
+    dist.gather_object(value, everyone)
+    return everyone or []

@@ -2,18 +2,40 @@
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from support.batches import ImageDataset, dequantize, image_generators, quantize
-from support.cli import Progress, UserError, warn
-from support.distributed import gather, share, sum_over_processes
-from support.training import prepare_layers
+from support.cli import Progress, UserError, warn, write_file
+from support.data import Images, dequantize, image_generators, quantize
+from support.distributed import gather, share
 
 COMPILE_FROM = 1000  # images per GPU: drawing fewer takes less time than compiling
+
+
+# ----------------------------------------------------------------------------- layers
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers that a model lists in layers(), or [] if it has no such method."""
+    return model.layers() if hasattr(model, "layers") else []
+
+
+def prepare_layers(model: nn.Module, compiling: bool, checkpointing: bool = False) -> None:
+    """Makes a model's layers compile, recompute activations instead of keeping them, or both.
+
+    The checkpoint wraps the compiled layer; the other way round, the compiler would leave it alone.
+    """
+    if compiling:  # layers share a graph, but each width and mode counts towards this limit
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in layers_of(model):
+        if compiling:
+            layer.forward = torch.compile(layer.forward)
+        if checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 # ----------------------------------------------------------------------------- drawing images
@@ -23,9 +45,10 @@ def sample_images(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
     """Draws an image for each label; options is an instance of the model's Sampling.
 
-    Yields batches: numbers (b,) int64, images (b, H, W, C) uint8, and the same images as floats
-    (b, C, H, W). Image i depends on (seed, start + i) and its label alone, not on batch_size.
-    Images that are not finite are left out; a warning at the end counts them.
+    Yields batches: numbers (b,) int64, images (b, H, W, C), and the same as floats (b, C, H, W).
+    Images are uint8, or float32 where the model was trained on floats. Image i depends on (seed,
+    start + i) and its label alone, not on batch_size. Images that are not finite are left out; a
+    warning at the end counts them.
     """
     device = device_of(model)
     lost = 0
@@ -40,22 +63,28 @@ def sample_images(
         finite = x.isfinite().flatten(1).all(1)
         lost += int((~finite).sum())
         x = x[finite]
-        images = quantize(x).permute(0, 2, 3, 1).cpu().numpy()
+        images = (x if model.floats else quantize(x)).permute(0, 2, 3, 1).cpu().numpy()
         yield numbers[finite.cpu().numpy()], images, x
         if progress is not None:
             progress(i + len(y))
     if lost:
         warn(f"{lost} of {len(labels)} samples were not finite and are left out; has the model "
-             "diverged?")
+             "diverged?", everywhere=True)
 
 
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def default_labels(num: int, num_classes: int) -> Tensor:
-    """All classes in turn -> (num,) int64; the null label 0 for an unconditional model."""
-    return torch.arange(num) % max(num_classes, 1)
+def default_labels(num: int, num_classes: int, conditions: Tensor | None = None) -> Tensor:
+    """All classes in turn -> (num,) int64; the null label 0 for an unconditional model.
+
+    With conditions (m, k), a model's vectors instead of classes, all of these in turn: (num, k).
+    """
+    numbers = torch.arange(num)
+    if conditions is not None:
+        return conditions[numbers % len(conditions)]
+    return numbers % max(num_classes, 1)
 
 
 def picture_classes(num_classes: int) -> list[int]:
@@ -66,16 +95,12 @@ def picture_classes(num_classes: int) -> list[int]:
 
 
 def class_names(classes: list[int], names: list[str] | None, num_classes: int) -> list[str] | None:
-    """What to write beside the rows of these classes; None for an unconditional model."""
+    """What to write beside the rows of these classes; None for a model without classes."""
     if num_classes == 0:
         return None
-    labels = []
-    for c in classes:
-        if c == num_classes:
-            labels.append("null")
-        else:
-            labels.append(names[c] if names else str(c))
-    return labels
+    names = names or []
+    known = [*names, *map(str, range(len(names), num_classes)), "null"]
+    return [known[c] for c in classes]
 
 
 def check_options(options, extra: dict) -> None:
@@ -93,7 +118,25 @@ def check_options(options, extra: dict) -> None:
              f"{training['noise_end']}; expected that value")
 
 
+def in_use(model: nn.Module, options) -> str:
+    """The settings of sampling that matter most, as far as the model has them."""
+    values = {name: getattr(options, name, None) for name in ("guidance", "denoise", "inverse")}
+    if values["inverse"] == "auto":
+        values["inverse"] = "exact" if getattr(model, "student", None) is None else "student"
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
 # ----------------------------------------------------------------------------- pictures
+def can_be_shown(model: nn.Module) -> bool:
+    """Whether the model's images are pictures, not latents."""
+    return model.config.channels in (1, 3)
+
+
+def shown(images: np.ndarray) -> np.ndarray:
+    """The images as uint8: floats about [-1, 1] are quantised."""
+    return images if images.dtype == np.uint8 else quantize(torch.from_numpy(images)).numpy()
+
+
 def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
          column_labels: list[str] | None = None, corner: str = "") -> Image.Image:
     """uint8 images (n, H, W, C) as one picture, row by row, small ones enlarged.
@@ -125,7 +168,17 @@ def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
     return picture
 
 
-def sample_grid(model: nn.Module, seed: int, names: list[str] | None = None) -> Image.Image | None:
+def rows_of_pictures(rows: list[np.ndarray], names: list[str] | None) -> Image.Image:
+    """A picture with a row for each array of uint8 images (n, H, W, C); n may differ."""
+    width = max(len(row) for row in rows)
+    tiles = np.full((len(rows), width, *rows[0].shape[1:]), 255, np.uint8)
+    for tile, row in zip(tiles, rows, strict=True):
+        tile[:len(row)] = row
+    return grid(np.concatenate(tiles), width, names)
+
+
+def sample_grid(model: nn.Module, seed: int, names: list[str] | None = None,
+                conditions: Tensor | None = None) -> Image.Image | None:
     """A picture of samples, a row of ten for each class, drawn as the model's config says.
 
     Under torchrun every process draws its share; rank 0 gets the picture and the others None. An
@@ -133,70 +186,90 @@ def sample_grid(model: nn.Module, seed: int, names: list[str] | None = None) -> 
     """
     c = model.config
     classes = picture_classes(c.num_classes)
-    if c.num_classes == 0:
-        classes = classes * 5
-    labels = torch.tensor([y for y in classes for _ in range(10)])
+    labels = torch.tensor(classes) if c.num_classes else default_labels(5, 0, conditions)
+    labels = labels.repeat_interleave(10, 0)
     mine = share(len(labels))
-    images = np.zeros((len(mine), c.image_size, c.image_size, c.channels), np.uint8)
     part = labels[mine.start:mine.stop]
-    for numbers, made, _ in sample_images(model, part, c.sampling, seed, 100, mine.start):
-        images[numbers - mine.start] = made
-    everyone = gather(images, device_of(model))
+    made = sample_images(model, part, c.sampling, seed, 100, mine.start)
+    everyone = gather([(numbers, shown(images)) for numbers, images, _ in made])
     if not everyone:
         return None
-    return grid(np.concatenate(everyone), 10, class_names(classes, names, c.num_classes))
+    pictures = np.zeros((len(labels), c.image_size, c.image_size, c.channels), np.uint8)
+    for numbers, images in sum(everyone, []):
+        pictures[numbers] = images
+    rows = np.split(pictures, len(labels) // 10)
+    return rows_of_pictures(rows, class_names(classes, names, c.num_classes))
+
+
+def data_sheet(images: Images, names: list[str] | None, num_classes: int) -> Image.Image:
+    """A picture of training images (uint8), a row of ten for each class that sample_grid shows."""
+    classes = picture_classes(num_classes)
+    places = np.array_split(np.arange(len(images)), 5)
+    if num_classes:
+        places = [np.flatnonzero(images.labels == c) for c in classes]
+    rows = []
+    for row in places:
+        some = row[np.linspace(0, len(row) - 1, min(len(row), 10)).astype(int)]
+        rows.append(images.batch(some)[0].permute(0, 2, 3, 1).numpy())
+    return rows_of_pictures(rows, class_names(classes, names, num_classes))
+
+
+def write_picture(path: str | Path, picture: Image.Image) -> None:
+    """Writes a picture as a PNG."""
+    write_file(path, lambda file: picture.save(file, "PNG"))
 
 
 # ----------------------------------------------------------------------------- likelihood
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: ImageDataset, noise: str, sigma: float,
+def evaluate(model: nn.Module, images: Images, noise: str, sigma: float,
              num: int | None = None, quiet: bool = True) -> dict:
-    """Likelihood of a data set, or of `num` images spread over it, in float32, over all processes.
+    """Likelihood of images, or of `num` of them spread evenly, in float32, over all processes.
 
     nats_per_dim and the parts of `model.log_prob` are negative log-likelihoods, logdet is
     log|det|; all are divided by D, the number of values of an image. Each image has its own fixed
     noise. bits_per_dim is given only for uniform noise (rgb ends as that), where it is an upper
-    bound for the 8-bit data. Raises UserError for a model without log_prob, or without noise.
+    bound for the 8-bit data. Rank 0 gets the result, the others {}. Raises UserError for a model
+    without log_prob, or without noise.
     """
     if not hasattr(model, "log_prob"):
         raise UserError(f"{model.model_name} has no likelihood; score its samples with fid.py")
-    if noise == "none":
+    if noise == "none" and not model.floats:
         raise UserError("--noise: got none, expected gaussian or uniform, since 8-bit values "
                         "without noise have no density")
     if noise == "rgb":
         noise = "uniform"
     device = device_of(model)
-    places = np.arange(len(dataset))
+    places = np.arange(len(images))
     if num is not None:
         places = places[::max(1, math.ceil(len(places) / num))]
     mine = share(len(places))
     mine = places[mine.start:mine.stop]
     progress = Progress("evaluated", len(mine), quiet)
-    sums = torch.zeros(0)
+    found = None  # the names of the parts, and their sums and sums of squares (2, parts)
     for i in range(0, len(mine), 50):
         part = mine[i:i + 50]
-        images, labels = dataset.batch(part)
-        generators = image_generators(1, dataset.indices[part], device)
-        x = dequantize(images.to(device), noise, sigma, generators)
-        y = labels.to(device) if model.config.num_classes else None
-        log_p = model.log_prob(x, y)
+        pixels, labels = images.batch(part)
+        generators = image_generators(1, images.numbers[part], device)
+        x = dequantize(pixels.to(device), noise, sigma, generators)
+        conditional = model.config.num_classes or labels.is_floating_point()
+        log_p = model.log_prob(x, labels.to(device) if conditional else None)
         values = torch.stack(list(log_p)).double() / x[0].numel()  # (parts, b)
-        both = torch.stack([values.sum(1), values.square().sum(1)])  # (2, parts)
-        sums = both if i == 0 else sums + both
+        sums = torch.stack([values.sum(1), values.square().sum(1)])
+        found = (log_p._fields, sums if found is None else found[1] + sums)
         progress(i + len(part))
-    if not len(mine):
-        raise UserError(f"got {len(places)} images, expected one for each process or more; start "
-                        "fewer processes")
+    everyone = [each for each in gather(found) if each is not None]
+    if not everyone:
+        return {}
     n = len(places)
-    mean, square = (sum_over_processes(sums).cpu() / n).unbind()
-    total = log_p._fields.index("total")
-    variance = (square[total] - mean[total] ** 2).clamp(min=0)
-    error = (variance / max(n - 1, 1)).sqrt().item()
-    result = dict(nats_per_dim=-mean[total].item(), standard_error=error, images=n)
-    for name, value in zip(log_p._fields, mean.tolist(), strict=True):
-        if name != "total":
-            result[name] = value if name == "logdet" else 0.0 - value  # no -0.0
-    result["noise"] = "uniform" if noise == "uniform" else f"gaussian, sigma {sigma:g}"
+    names = everyone[0][0]
+    mean, square = (sum(sums.cpu() for _, sums in everyone) / n).tolist()
+    total = names.index("total")
+    variance = max(square[total] - mean[total] ** 2, 0)
+    error = math.sqrt(variance / max(n - 1, 1))
+    parts = {name: value if name == "logdet" else 0.0 - value  # no -0.0
+             for name, value in zip(names, mean, strict=True)}
+    result = dict(nats_per_dim=parts.pop("total"), standard_error=error, images=n, **parts)
+    result["noise"] = noise if noise != "gaussian" else f"gaussian, sigma {sigma:g}"
     if noise == "uniform":
         result["bits_per_dim"] = bits_per_dim(result["nats_per_dim"])
         result["bits_standard_error"] = error / math.log(2)
