@@ -462,24 +462,31 @@ def splits(name: str, crop: Crop) -> dict[str, Images]:
             warn(f"{name} is read as the set of that name; write ./{name} for the local files")
         if name == "digits":
             return {"train": digits(4000, crop, 0), "test": digits(500, crop, 1)}
-        parts = read_files(list_folder(str(fetch(name))))
+        parts = read_path(str(fetch(name)))
         return {k: replace(v, path=name, classes=KNOWN[name].classes) for k, v in parts.items()}
     if not there:
         raise UserError(f"--data: {name or 'an empty name'} does not exist; {expected}")
-    kind = os.path.splitext(name)[1].lower()
     with reading(printable(path), expected):
-        if os.path.isdir(path):
-            return read_files(list_folder(path))
-        if kind == ".zip":
-            return read_files(list_zip(path))
-        if kind == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {"": read_arrays(path, arrays)}
-        if tarfile.is_tarfile(path):
-            batches = list_tar(path)
-            if batches.names:
-                return read_cifar(batches)
-    raise UserError(f"{printable(path)} is no folder, .zip or .npz; {hint(path, [kind], expected)}")
+        return read_path(path)
+
+
+def read_path(path: str) -> dict[str, Images]:
+    """The splits of a folder or file. One that holds nothing but an archive is that archive."""
+    if os.path.isdir(path):
+        files = list_folder(path)
+        if len(files) == 1 and not is_table(files.names[0]) and not is_image(files.names[0]):
+            return read_path(os.path.join(path, files.names[0]))
+        return read_files(files)
+    if ending(path) == ".zip":
+        return read_files(list_zip(path))
+    if ending(path) == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {"": read_arrays(path, arrays)}
+    batches = list_tar(path) if tarfile.is_tarfile(path) else []
+    if batches:
+        return read_cifar(batches)
+    raise UserError(f"{printable(path)} is no folder, .zip or .npz of images; "
+                    f"{hint(path, [ending(path)], LAYOUT)}")
 
 
 def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
@@ -632,15 +639,15 @@ def sift(files: Files) -> tuple[Files, str]:
             data.append(name)
         elif base not in ("", "labels.npy", "classes.json"):
             others["hidden " * is_hidden(base) + (ending(base) or base)] += 1
-    words = printable(shortened(f"{n} {what}" for what, n in others.items()))
+    words = printable(shortened([f"{n} {what}" for what, n in others.items()], 12))
     return replace(files, names=data), f"ignored: {words}" * bool(words)
 
 
 # ----------------------------------------------------------------------------- layouts
 def read_files(everything: Files) -> dict[str, Images]:
     """The splits in a folder or an archive: train, test and val, or a single one without a name."""
-    files, ignored = sift(everything)
-    files, _ = stepped_into(files)
+    data, ignored = sift(everything)
+    files, _ = stepped_into(data)
     if not files.names:
         kinds = set(map(ending, everything.names))
         raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
@@ -656,7 +663,7 @@ def read_files(everything: Files) -> dict[str, Images]:
             re.search("train|test|val|dev", name, re.I) for name in names):
         raise files.unexpected(LAYOUT)
     else:
-        parts = read_part(files)
+        parts = read_part(data)
     for part in parts.values():
         part.notes[:0] = [ignored] * bool(ignored)
     return parts
