@@ -101,7 +101,7 @@ class Images:
         numbers = labels.dtype.kind in "iu" and labels.ndim == 1
         vectors = labels.dtype == np.float32 and labels.ndim == 2
         if len(labels) != len(self) or not vectors and not (
-                numbers and labels.min() >= 0 and labels.max() < top):
+                numbers and labels.min(initial=0) >= 0 and labels.max(initial=0) < top):
             raise UserError(f"{self.path}: labels are {labels.dtype} {labels.shape}, "
                             f"{shortened(labels)}; expected {len(self)} whole numbers from 0 to "
                             f"{top - 1}, one for each image; correct them")
