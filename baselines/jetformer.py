@@ -7,14 +7,15 @@ Written from public facts about both papers and their released configurations; w
 it follows the code. FARMER builds on JetFormer, so the frame is that of farmer.py: patches, flow,
 Z = [Z_I, Z_R], an AR Transformer with a mixture head. This file holds the parts that FARMER
 replaced: coupling layers, N(0, I) for Z_R, a Transformer with one key-value head, class tokens from
-M tables, noise on Z_I in training. Guidance is farmer.py's rejection sampling or its closed form.
+M tables, noise on Z_I in training. Guidance is farmer.py's naive CFG.
 
 The letters are farmer.py's. b and s are shift and raw scale of a coupling, x1 and x2 its halves.
 
 What differs from the papers: the small presets use FARMER's `whiten` and our learning rates and
 optimizers, and skip steps with an outlier gradient (their noise ends at 0, as in the paper); pixels
-are x/128 - 1; rejection uses the exact maximum of its target, not the maximum on a grid.
+are x/128 - 1; guided draws come from the closed form of the law from which theirs rejects.
 """
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,10 +29,8 @@ from farmer import (
     Farmer,
     Generators,
     KVCache,
-    Noise,
     attention,
     full_precision,
-    gaussian_guided,
     random,
     setting,
 )
@@ -43,8 +42,7 @@ class Sampling(farmer.Sampling):
     """FARMER's settings, but without a student: the inverse takes only one pass per coupling."""
 
     guidance_method: str = setting(
-        "reject", "rejection sampling, its target in closed form, or FARMER's resampling",
-        choices=("reject", "closed", "resample"))
+        "naive", "naive CFG, or FARMER's resampling", choices=("naive", "resample"))
     inverse: str = setting("auto", "how to invert the flow", choices=("auto", "exact"))
 
 
@@ -52,9 +50,8 @@ class Sampling(farmer.Sampling):
 class Config(farmer.Config):
     """FARMER's fields, where flow_blocks counts the couplings, and JetFormer's own."""
 
-    redundant_prior: str = setting(
-        "gaussian", "prior of the redundant parts: N(0, I), or FARMER's mixture",
-        choices=("gaussian", "mixture"))
+    redundant_mixtures: int = setting(
+        0, "K_R of FARMER's prior; 0 = N(0, I), which is JetFormer's", 0)
     final_flip: bool = setting(False, "reverse the tokens before the AR reads them")
     prior: str = setting(
         "jetformer", "prior of the latents, JetFormer's or FARMER's",
@@ -71,7 +68,7 @@ class Config(farmer.Config):
                              "couplings halve the channels of a token")
         unread = ("ar_head_dim", "latent_noise", "dropout")
         if self.prior == "jetformer":
-            unread = ("redundant_mixtures", "redundant_prior")
+            unread = ("redundant_mixtures",)
             if self.ar_head_dim % 2 or self.ar_width % self.ar_head_dim:
                 raise ValueError(f"ar_head_dim: got {self.ar_head_dim}, expected an even divisor "
                                  f"of ar_width {self.ar_width}")
@@ -113,10 +110,10 @@ class Coupling(nn.Module):
     """A Transformer reads one half of the channels to shift and scale the other.
 
     y1 = x1, y2 = (x2 + b) 2 sigmoid(s). Which channels form x1 is drawn once for each coupling.
-    Labels are not used, and there is no order of tokens to flip.
+    Labels are not used.
     """
 
-    def __init__(self, config: Config, flip: bool):
+    def __init__(self, config: Config):
         super().__init__()
         d = config.token_dim
         W = config.flow_width
@@ -140,12 +137,12 @@ class Coupling(nn.Module):
             return self.to_b_s(self.norm(h.to(x1.dtype))).chunk(2, -1)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, N, d) -> y (B, N, d), logdet (B,) in nats."""
+        """x (B, N, d) -> y (B, N, d) and each token's part of logdet (B, N) in nats."""
         x1, x2 = x[..., self.order].chunk(2, -1)
         b, s = self.b_s(x1)
         y2 = (x2 + b) * 2 * torch.sigmoid(s)
         y = torch.cat([x1, y2], -1)[..., self.order.argsort()]
-        return y, (F.logsigmoid(s) + math.log(2)).sum((1, 2))
+        return y, (F.logsigmoid(s) + math.log(2)).sum(2)
 
     def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """y (B, N, d) -> x (B, N, d)."""
@@ -155,10 +152,11 @@ class Coupling(nn.Module):
         return torch.cat([x1, x2], -1)[..., self.order.argsort()]
 
 
-class Jet(farmer.Flow):
-    """Couplings in place of FARMER's autoregressive blocks; the fixed map of channels stays."""
-
-    block = Coupling
+def jet(config: Config) -> farmer.Flow:
+    """FARMER's flow with couplings in place of its blocks; the fixed map of channels stays."""
+    flow = farmer.Flow(dataclasses.replace(config, flow_blocks=0))
+    flow.blocks.extend(Coupling(config) for _ in range(config.flow_blocks))
+    return flow
 
 
 # ----------------------------------------------------------------------------- the AR prior
@@ -176,14 +174,11 @@ def rotate(x: Tensor, at: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
-class ARLayer(farmer.Layer):
-    """Gemma's layer: RMSNorm, attention with one key-value head, a gated MLP, no biases.
-
-    It inherits from FARMER's layer only so that `Farmer.layers` finds it.
-    """
+class ARLayer(nn.Module):
+    """Gemma's layer: RMSNorm, attention with one key-value head, a gated MLP, no biases."""
 
     def __init__(self, W: int, head_dim: int):
-        nn.Module.__init__(self)
+        super().__init__()
         self.head_dim = head_dim
         self.norm_attention = nn.RMSNorm(W, eps=1e-6)
         self.norm_mlp = nn.RMSNorm(W, eps=1e-6)
@@ -208,9 +203,11 @@ class ARLayer(farmer.Layer):
         k = rotate(k, at)
         if cache is not None:
             k, v = cache.append(k, v)
+        causal = True
+        if T == 1:  # `causal=T > 1` would break the graph of a compiled layer, once T varies
+            causal = False
         heads = q.shape[1]
-        read = attention(
-            q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), causal=T > 1)
+        read = attention(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), causal)
         x = self.out(read.transpose(1, 2).reshape(B, T, W))
         h = h + (x if keep is None else x * keep[:, 0])
         gate, up = self.gate_up(self.norm_mlp(h)).chunk(2, -1)
@@ -218,13 +215,14 @@ class ARLayer(farmer.Layer):
         return h + (x if keep is None else x * keep[:, 1])
 
 
-class ARTransformer(farmer.Transformer):
+class ARTransformer(nn.Module):
     """Gemma's layers and a final norm."""
 
-    layer = ARLayer
+    new_cache = farmer.Transformer.new_cache
 
     def __init__(self, W: int, layers: int, head_dim: int):
-        super().__init__(W, layers, head_dim)
+        super().__init__()
+        self.layers = nn.ModuleList(ARLayer(W, head_dim) for _ in range(layers))
         self.norm = nn.RMSNorm(W, eps=1e-6)
 
     def forward(self, h: Tensor, cache: list[KVCache] | None = None,
@@ -266,7 +264,6 @@ class Prior(farmer.Prior):
     def __init__(self, config: Config):
         nn.Module.__init__(self)  # without FARMER's parts
         W = config.ar_width
-        self.mixture = GMM
         self.null = config.num_classes
         self.N = config.num_tokens
         self.M = config.class_tokens + 2  # BOS, the class tokens, BOI
@@ -311,24 +308,6 @@ class Prior(farmer.Prior):
         h = self.transformer(h, keep=keep)[:, self.M - 1:]  # (B, N, W)
         return self.informative(h), self.shared(h[:, -1]) if self.d_R else None
 
-    def draw(self, p: GMM, options: Sampling, noise: Noise, i: int) -> Tensor:
-        """Draws Z^I_i from its mixture, (B, K, ...) or doubled -> (B, d_I)."""
-        if options.guidance > 0 and options.guidance_method == "closed":
-            return closed_cfg(p, options, noise.token(i))[:, 0]
-        return super().draw(p, options, noise, i)
-
-
-def closed_cfg(p: GMM, options: Sampling, noise: Noise) -> Tensor:
-    """Naive CFG, drawn from the target of rejection sampling: p (2B, K, ...) -> (B, n, d).
-
-    Each component N_c of p_c is replaced by N_c^{1+w} N_u^{-w}, with N_u the same component of p_u.
-    """
-    p_c, p_u = p.tempered(options.T_pi, options.T_sigma).halves()
-    sigma_c = p_c.log_sigma.exp().clamp(min=1e-6)  # T_sigma may be 0
-    sigma_u = p_u.log_sigma.exp().clamp(min=1e-6)
-    mu, sigma = gaussian_guided(p_c.mu, sigma_c, p_u.mu, sigma_u, options.guidance)
-    return GMM(p_c.logits, mu, sigma.log()).sample(noise.u, noise.eps)
-
 
 # ----------------------------------------------------------------------------- the model
 class Model(Farmer):
@@ -337,7 +316,7 @@ class Model(Farmer):
     def __init__(self, config: Config):
         nn.Module.__init__(self)  # without FARMER's parts
         self.config = config
-        self.flow = Jet(config)
+        self.flow = jet(config)
         self.prior = Prior(config) if config.prior == "jetformer" else farmer.Prior(config)
         self.student = None
 
@@ -372,14 +351,6 @@ class Model(Farmer):
             redundant=redundant,
             logdet=logdet,
         )
-
-    def sample_latents(self, labels: Tensor, options: Sampling,
-                       generators: Generators = None) -> Tensor:
-        """labels (B,) -> Z (B, N, d) drawn from the prior, guided where options.guidance > 0."""
-        if options.guidance_method == "closed" and self.config.prior == "farmer":
-            raise ValueError("guidance_method: got closed, which FARMER's prior does not have; "
-                             "expected reject or resample")
-        return super().sample_latents(labels, options, generators)
 
     def distiller(self):
         """Raises ValueError: there is nothing to distil."""

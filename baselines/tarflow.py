@@ -32,7 +32,6 @@ from farmer import (
     full_precision,
     random,
     setting,
-    unpatchify,
 )
 
 
@@ -238,10 +237,11 @@ class Model(nn.Module):
     Labels are (B,) int64 with num_classes as the null label.
     """
 
-    # As in FARMER: the list of layers, images (B, C, H, W) -> X (B, N, d), and
+    # As in FARMER: the list of layers, images (B, C, H, W) -> X (B, N, d) and back, and
     # x + sigma^2 grad log p(x|c).
     layers = Farmer.layers
     patches = Farmer.patches
+    images = Farmer.images
     denoise = Farmer.denoise
 
     def __init__(self, config: Config):
@@ -287,7 +287,7 @@ class Model(nn.Module):
         like = self.flow.blocks[0].pos
         Z = random(torch.randn, len(labels), (c.num_tokens, c.token_dim), generators, like)
         X = self.flow.inverse(Z, labels, options)
-        images = unpatchify(X, c.patch_size, c.channels)
+        images = self.images(X)
         if options.denoise > 0:
             images = self.denoise(images, labels, options.denoise)
         return images

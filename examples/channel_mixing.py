@@ -66,11 +66,11 @@ class MixingBlock(farmer.FlowBlock):
         h = self.before(x, labels)
         mu, a = self.mu_a(h)
         z = farmer.affine(x, mu, a)
-        logdet = a.sum((1, 2))
+        logdet = a.sum(2)  # (B, N)
         for coupling in self.couplings:
             z, s = coupling(z, h, farmer.affine)
-            logdet = logdet + s.sum((1, 2))
-        return self.order(z), logdet
+            logdet = logdet + s.sum(2)
+        return self.unorder(z), self.unorder(logdet)
 
     def undo(self, z, h):
         """The inverse for tokens z (B, T, d) whose h is known."""
@@ -89,12 +89,12 @@ class MixingBlock(farmer.FlowBlock):
         for i in range(N):
             x[:, i:i + 1] = self.undo(z[:, i:i + 1], h)
             h = self.hidden(x[:, i:i + 1], context[:, i:i + 1], cache)
-        return self.order(x)
+        return self.unorder(x)
 
     def one_step(self, z, labels=None):
         z = self.order(z)
         h = self.before(z, labels, causal=False)
-        return self.order(self.undo(z, h))
+        return self.unorder(self.undo(z, h))
 
 
 class Model(farmer.Farmer):

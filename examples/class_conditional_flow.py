@@ -28,11 +28,8 @@ class ConditionalBlock(farmer.FlowBlock):
         return super().context(labels) + classes.unsqueeze(1)
 
 
-class ConditionalFlow(farmer.Flow):
-    block = ConditionalBlock
-
-
 class Model(farmer.Farmer):
     def __init__(self, config):
         super().__init__(config)
-        self.flow = ConditionalFlow(config)
+        for t, block in enumerate(self.flow.blocks):
+            self.flow.blocks[t] = ConditionalBlock(config, block.flip)

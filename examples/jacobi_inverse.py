@@ -43,14 +43,11 @@ class JacobiBlock(farmer.FlowBlock):
             active = active[~converged]
             if len(active) == 0:
                 break
-        return self.order(x)
-
-
-class JacobiFlow(farmer.Flow):
-    block = JacobiBlock
+        return self.unorder(x)
 
 
 class Model(farmer.Farmer):
     def __init__(self, config):
         super().__init__(config)
-        self.flow = JacobiFlow(config)
+        for t, block in enumerate(self.flow.blocks):
+            self.flow.blocks[t] = JacobiBlock(config, block.flip)

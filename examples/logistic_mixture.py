@@ -11,15 +11,8 @@ import farmer
 from farmer import PRESETS, TRAINING, Config, Sampling  # noqa: F401  (the scripts look for them)
 
 
-def logistic_noise(*shape, **options):
-    """Draws from the standard logistic distribution, with the arguments of torch.randn."""
-    return torch.logit(torch.rand(*shape, **options), eps=1e-6)
-
-
 class Logistics(farmer.GMM):
     """sum_k pi_k prod_channels Logistic(mu_k, exp(log_sigma_k)), in place of Eq. 11."""
-
-    noise = staticmethod(logistic_noise)  # GMM.sample returns mu + sigma eps with eps of this law
 
     def log_prob(self, z):
         """z (..., d) -> (...) in nats."""
@@ -28,11 +21,20 @@ class Logistics(farmer.GMM):
         return torch.logsumexp(log_logistic + self.logits.log_softmax(-1), -1)
 
     def shared_log_prob(self, z):
-        """log_prob of T vectors under one mixture: z (B, T, d), mixtures (B, ...) -> (B, T), nats.
+        """log_prob of S vectors under one mixture: z (B, S, d), mixtures (B, ...) -> (B, S), nats.
         """
         one_for_all = self._make(part.unsqueeze(1) for part in self)
         return one_for_all.log_prob(z)
 
+    def sample(self, u, eps):
+        """eps is standard normal: its quantile in the logistic distribution takes its place."""
+        logistic = torch.special.log_ndtr(eps) - torch.special.log_ndtr(-eps)
+        return super().sample(u, logistic)
+
 
 class Model(farmer.Farmer):
-    mixture = Logistics
+    def __init__(self, config):
+        super().__init__(config)
+        for head in (self.prior.informative, self.prior.redundant):
+            if head is not None:  # without a split, or with N(0, I), there is no second one
+                head.mixture = Logistics

@@ -5,6 +5,7 @@
 - Channel mixing is causal, mixes the channels inside a token, and has a student that learns.
 - The Jacobi inverse is right for each image by itself, also where guesses overflow.
 - minimal_model and logistic_mixture have the densities that they name, and draw from them.
+- check.py passes what is included and says what is wrong with a variant, mistake by mistake.
 - The tour prints the model's likelihood, part by part, and draws its picture.
 """
 import json
@@ -26,11 +27,13 @@ from examples import (
     jacobi_inverse,
     logistic_mixture,
     minimal_model,
+    rope,
     tour,
 )
+from examples import check as checks
 from results import benchmark, classifier
 
-FORKS = (logistic_mixture, class_conditional_flow, channel_mixing, jacobi_inverse)
+FORKS = (logistic_mixture, class_conditional_flow, channel_mixing, jacobi_inverse, rope)
 LABELS = torch.tensor([0, 1, 2, 3, 1])
 SMALL = dict(image_size=6, patch_size=3, channels=1, num_classes=3, flow_blocks=3, flow_width=16,
              ar_layers=1, ar_width=16, head_dim=8, informative_dim=5, informative_mixtures=2)
@@ -105,6 +108,7 @@ def test_every_fork_trains_resumes_is_scored_samples_and_distils(
     (channel_mixing, dict(couplings=2)),
     (class_conditional_flow, {}),
     (jacobi_inverse, {}),
+    (rope, {}),
 ])
 def test_the_inverse_is_exact_and_the_determinant_that_of_autograd(module, settings, monkeypatch):
     monkeypatch.setattr(jacobi_inverse, "TOLERANCE", 0.0)
@@ -184,7 +188,7 @@ def test_a_logistic_mixture_has_the_density_of_scipy_and_draws_from_it():
     expected = (log_p + p.logits.log_softmax(-1).unsqueeze(1)).logsumexp(-1)
     torch.testing.assert_close(p.shared_log_prob(z), expected)
     torch.testing.assert_close(p.log_prob(z[:, 0]), expected[:, 0])
-    draws = p.sample(torch.zeros(2, 20_000), p.noise(2, 20_000, 4))[0, :, 0]
+    draws = p.sample(torch.zeros(2, 20_000), torch.randn(2, 20_000, 4))[0, :, 0]
     law = scipy.stats.logistic(p.mu[0, 0, 0], p.log_sigma[0, 0, 0].exp())
     assert scipy.stats.kstest(draws, law.cdf).pvalue > 1e-3
 
@@ -199,6 +203,96 @@ def test_the_minimal_model_has_the_density_of_its_gaussians():
         normal = torch.distributions.Normal(means, model.log_sigma.exp())
         log_p = normal.log_prob(x).sum((1, 2, 3))
         torch.testing.assert_close(model.log_prob(x, labels).total, log_p)
+
+
+# ----------------------------------------------------------------------------- the check
+def test_the_model_of_the_command_line_is_right(pytestconfig):
+    name = pytestconfig.getoption("--model", default=None)
+    if name is None:
+        pytest.skip("checks the model that --model names")
+    wrong = [f"{what}: {text}" for what, right, text in checks.checked(name) if not right]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", [
+    "farmer", "baselines.jetformer", *(model.__name__ for model in (minimal_model, *FORKS))])
+def test_what_is_included_passes_its_own_check(name, capsys):
+    checks.main([name])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (4 if name == minimal_model.__name__ else 13)
+    assert all(line.startswith("right ") for line in lines)
+
+
+FORK = """
+import torch
+import farmer
+from farmer import PRESETS, TRAINING, Config, Sampling, affine
+
+class Block(farmer.FlowBlock):
+    {block}
+
+class Model(farmer.Farmer):
+    def __init__(self, config):
+        super().__init__(config)
+        for t, block in enumerate(self.flow.blocks):
+            self.flow.blocks[t] = Block(config, block.flip)
+        {init}
+    {model}
+"""
+MISTAKES = {  # which line says it: what the variant gets wrong
+    "order": dict(block="order = lambda self, x: x.roll(1, 1)"),
+    "saving": dict(
+        init="self.plain = torch.randperm(16)",
+        model="patches = lambda self, x: super().patches(x)[:, self.plain]\n"
+        "    images = lambda self, X: super().images(X[:, self.plain.argsort()])"),
+    "layers": dict(
+        init="self.prior.transformer.more = torch.nn.Linear(32, 32)\n"
+        "        self.prior.transformer.register_forward_hook(lambda m, x, h: m.more(h))"),
+    "determinant": dict(block="""def forward(self, x, labels=None):
+        z, logdet = super().forward(x, labels)
+        return z, -logdet"""),
+    "future": dict(init="""layer = self.prior.transformer.layers[0]
+        plain = layer.forward
+        layer.forward = lambda h, cache, causal: plain(h, cache, False)"""),
+    "cache": dict(init="""def new_cache(T):
+            caches = [farmer.KVCache(T)]
+            plain = caches[0].append
+            caches[0].append = lambda k, v: [plain(k, v), (caches[0].k, caches[0].v)][1]
+            return caches
+        self.prior.transformer.new_cache = new_cache"""),
+    "student": dict(block="""def __init__(self, config, flip):
+        super().__init__(config, flip)
+        self.classes = torch.nn.Embedding(4, 32)
+    def context(self, labels):
+        return super().context(labels) + self.classes(labels).unsqueeze(1)
+    def one_step(self, z, labels=None):
+        return super().one_step(z, torch.zeros_like(labels))"""),
+    "labels": dict(model="""def check_labels(self, labels, B):
+        return super().check_labels(None if labels is None else labels.long(), B)"""),
+    "samples": dict(model="""def sample(self, labels, options=None, generators=None):
+        return super().sample(labels, options) """),
+    "gradients": dict(init="self.unused = torch.nn.Linear(2, 2)"),
+    "inverse": dict(block="""def inverse(self, z, labels=None):
+        return super().inverse(z.clamp(-1, 1), labels)"""),
+    "patches": dict(model="patches = lambda self, x: super().patches(x.flip(3))"),
+    "tokens": dict(model="""def token_log_prob(self, images, labels=None):
+        log_p = super().token_log_prob(images, labels)
+        return log_p._replace(total=log_p.total.sum(1, keepdim=True))"""),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_check_says_what_is_wrong_with_a_variant(mistake, tmp_path, monkeypatch, capsys):
+    parts = dict(block="pass", init="pass", model="pass") | MISTAKES[mistake]
+    name = f"wrong_{mistake}"
+    (tmp_path / f"{name}.py").write_text(FORK.format(**parts))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        checks.main([name])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 1
+    assert any(line.startswith(f"WRONG  {mistake} ") for line in lines), lines
+    assert any(line.startswith("right ") for line in lines)
 
 
 # ----------------------------------------------------------------------------- the tour
@@ -217,4 +311,4 @@ def test_the_tour_prints_parts_that_add_up_to_the_likelihood_and_draws_its_stage
     exact, student = [float(e) for e in re.findall(r"largest error is (\S+)\.\n", printed)]
     assert exact < 1e-4 < student
     with Image.open(out) as picture:
-        assert picture.size == (8 + 7 * 8 + 5 * 106, 3 * 120)
+        assert picture.size == (8 + 7 * 8 + 5 * 106, 4 * 120)

@@ -47,6 +47,16 @@ def show(title, equation, values, sentence):
     print(f"{title:24} {shape:16} {equation}\n    {sentence}")
 
 
+def heat(values, c):
+    """A picture (C, H, W) of a number per token (N,): dark where it is highest, light where lowest.
+    """
+    low, high = values.min(), values.max()
+    light = 2 * (high - values) / (high - low) - 1
+    light = light.view(c.image_size // c.patch_size, -1)
+    light = light.repeat_interleave(c.patch_size, 0).repeat_interleave(c.patch_size, 1)
+    return light.expand(c.channels, -1, -1)
+
+
 def walk(model, x, labels, names):
     """Prints the stages of image A; returns the rows of the picture, {row: {title: image}}."""
     c = model.config
@@ -65,7 +75,7 @@ def walk(model, x, labels, names):
         z, logdet = block(states[t - 1], labels)
         side = "after" if block.flip else "before"
         show(f"Z_{t}, by flow block {t}", "Eq. 8, 10", z, "Shifts and scales each token, given "
-             f"those {side} it: log-det {logdet[0] / D:+.3f} nats/dim.")
+             f"those {side} it: log-det {logdet[0].sum() / D:+.3f} nats/dim.")
         scaled = z * states[0].std() / z.std()
         pixels = scaled @ model.flow.inverse_map + model.flow.mean
         stages[f"block {t}"] = unpatchify(pixels, c.patch_size, c.channels)[0]
@@ -84,6 +94,11 @@ def walk(model, x, labels, names):
              f"{log_p.redundant[0] / D:+.3f} nats/dim.")
     show("log p(A|class)", "Eq. 13", log_p.total, f"The sum: {log_p.total[0] / D:+.3f} nats/dim, "
          f"{log_p.total[0]:.1f} nats. A density may well exceed 1.")
+    tokens = model.token_log_prob(x, labels)
+    show("... of each token", "Eq. 13", tokens.total, "Which patches are unlikely: from "
+         f"{tokens.total[0].min():.1f} to {tokens.total[0].max():.1f} nats.")
+    unlikely = {"A": x[0]} | {
+        name: heat(part[0], c) for name, part in tokens._asdict().items() if part[0].std() > 0}
 
     # The way back, and what else can be made of latents.
     inverses = {"exact": "Eq. 9"}
@@ -94,7 +109,7 @@ def walk(model, x, labels, names):
         show(f"Back, inverse {inverse}", equation, back,
              f"The largest error is {(back - x)[0].abs().max():.1g}.")
         stages[inverse] = back[0]
-    rows = {"blocks": stages, "guidance": {}}
+    rows = {"blocks": stages, "unlikely": unlikely, "guidance": {}}
     if p_R is not None:
         mixed = torch.cat([Z_I, Z_R.flip(0)], -1)
         mixed = model.decode(mixed, replace(c.sampling, inverse="exact"), labels)

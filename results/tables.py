@@ -66,7 +66,7 @@ FINISHED = "assets/fashion.pt"
 MIXED = "assets/fashion-mixing.pt"
 MIXING = "--model examples.channel_mixing --preset fashion"
 LIKELIHOOD = {"": "--eval"}  # instead of flags of sample.py: the likelihood of the test split
-NAIVE = "--guidance-method reject"
+NAIVE = "--guidance-method naive"
 W_0 = guidance(0)
 W_1 = guidance(1)
 BOTH = guidance(0, 1)
@@ -87,7 +87,7 @@ TABLES: dict[str, list[Row]] = {
         Row("+ split + class tokens", "--preset fashion --no-final-flip", W_0),
         Row("+ split + final flip", "--preset fashion --class-tokens 1", W_0),
         Row("all", "--preset fashion", W_0),
-        Row("all, N(0, I) for Z_R", "--preset fashion --redundant-prior gaussian", BOTH),
+        Row("all, N(0, I) for Z_R", "--preset fashion --redundant-mixtures 0", BOTH),
         Row("all, K_R = 64", "--preset fashion --redundant-mixtures 64", BOTH),
         Row("all + naive CFG", "--preset fashion", guidance(1, more=NAIVE)),
         Row("all + resampling CFG", "--preset fashion", W_1),
