@@ -261,7 +261,9 @@ def test_saved_statistics_stand_for_their_images_and_come_first(tmp_path, capsys
     a, b, flags = sides
     x = tmp_path / "x.npz"
     direct = report_of(capsys, a, b, *flags)
-    run(capsys, b, "--save-stats", x, *flags)
+    words = run(capsys, b, "--save-stats", x, *flags).err
+    assert "warning" not in words and "9 images are fewer than 12 features" in run(
+        capsys, a, b, *flags).err
     assert report_of(capsys, a, x, *flags) == direct | {"precision": None, "recall": None}
     assert abs(report_of(capsys, x, x)["fd"]) < 1e-9  # no network needed
     with np.load(x) as file:
