@@ -466,6 +466,16 @@ def resumed_run(args, config, saved: Saved) -> tuple[Train, Run]:
     return train, run
 
 
+def config_for(split, config, preset):
+    """The config of a new model of these images. Without classes there is none to guide towards."""
+    sampling = config.sampling
+    if preset.num_classes and not split.num_classes and getattr(sampling, "guidance", 0):
+        warn(f"the images have no classes, so samples are drawn with guidance 0 instead of "
+             f"{sampling.guidance:g}")
+        sampling = dataclasses.replace(sampling, guidance=0.0)
+    return dataclasses.replace(config, num_classes=split.num_classes, sampling=sampling)
+
+
 def new_model(name: str, config, images, train: Train, device: torch.device) -> nn.Module:
     """A new model from the seed; its fit() sees up to 4,000 images with the noise of step 0."""
     torch.manual_seed(train.seed)
@@ -528,7 +538,8 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         if rest:
             raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
                             f"(processes) x micro-batch {micro_batch}; change one of these")
-        facts |= dict(model=name, step=run.step, training=run.training, precision=run.precision)
+        facts |= run.training | dict(model=name, step=run.step, precision=run.precision)
+        del facts["data"]  # may lie elsewhere on another machine
     if run.step >= train.steps:
         if rank == 0:
             print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
@@ -541,9 +552,9 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
     with agreeing(facts):
         num_classes = args.num_classes if model is None else config.num_classes
         split = open_data(config, train, run, num_classes, module)
-        facts["data"] = split.digest
+        facts["images"] = split.digest
         if model is None:
-            config = dataclasses.replace(config, num_classes=split.num_classes)
+            config = config_for(split, config, module.PRESETS[run.preset])
             model = new_model(name, config, split.train, train, device)
         model.floats = split.train.array.dtype != np.uint8
         if run.conditions is not None and train.label_drop and not hasattr(model, "drop_labels"):
@@ -554,6 +565,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
             raise UserError("--compile, --checkpointing: got one of them, but the model lists no "
                             "layers(); leave it out")
         opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
+    with agreeing(facts):  # all is well: now the folder is made
         if rank == 0:
             lock = lock_folder(out, resuming)  # noqa: F841  (held until this function ends)
     compiling = device.type == "cuda" if args.compile is None else args.compile
@@ -727,7 +739,7 @@ def evaluate_run(args, module, saved: Saved, device: torch.device) -> None:
         split = open_split(
             train.data, c.image_size, c.channels, 0, train.enlarge, classes=run.classes,
             num_classes=c.num_classes, own=getattr(module, "open_images", None))
-        facts["data"] = split.digest
+        facts["images"] = split.digest
         own = split.digest == run.digest
         images = split.train if split.held_out is None else split.held_out
         if train.holdout and (own or args.holdout is not None):
