@@ -2,9 +2,13 @@
 
 Files outside support/ import the fixtures by name.
 """
+import importlib
+import multiprocessing
 import os
-import subprocess
+import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +17,18 @@ import torch
 
 import train
 from support.cli import run_script
-from support.datasets import open_images
+from support.data import open_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_FLAGS = [
     "--flow-blocks", "2", "--flow-width", "32", "--ar-layers", "1", "--ar-width", "32",
     "--head-dim", "16", "--informative-mixtures", "2", "--batch-size", "8",
     "--precision", "float32", "--log-every", "5", "--sample-every", "0", "--val-every", "0",
-    "--workers", "0", "--device", "cpu",
+    "--device", "cpu",
 ]
 
 
+# ----------------------------------------------------------------------------- scripts
 def fails(capsys, script, argv: list, *words) -> str:
     """The script ends with exit code 2 and, warnings aside, one line on stderr that has all words.
 
@@ -39,34 +44,62 @@ def fails(capsys, script, argv: list, *words) -> str:
     return lines[0]
 
 
-def command(*argv, **env) -> subprocess.Popen:
-    """A script in a process of its own, with one thread; what it prints is in its stdout."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, argv)], cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+SERVER = multiprocessing.get_context("forkserver")  # its processes have imported the scripts
+SERVER.set_forkserver_preload(["train", "sample", "torch._dynamo"])
 
 
-def torchrun(*argv, **env) -> subprocess.Popen:
-    """The same in two processes."""
-    return command(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", *argv, **env)
+class Started:
+    """A script in one process or in several that work together, as torchrun starts them."""
+
+    def __init__(self, folder: Path, *argv, ranks: int = 1, before: Callable | None = None):
+        """before(rank) is called in each process first: a function of a test file, so pickled."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder.mkdir(exist_ok=True)
+        self.processes = []
+        self.outputs = []
+        for rank in range(ranks):
+            env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
+                       LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)) if ranks > 1 else {}
+            self.outputs.append(folder / f"output{rank}.txt")
+            args = ([str(a) for a in argv], env, self.outputs[rank], before, rank)
+            self.processes.append(SERVER.Process(target=in_process, args=args, daemon=True))
+            self.processes[rank].start()
+
+    def end(self, *codes: int, seconds: float = 60) -> list[str]:
+        """Waits until all have ended, with these exit codes (default: 0) -> what each printed."""
+        for process in self.processes:
+            process.join(seconds)
+        found = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        printed = [output.read_text() for output in self.outputs]
+        assert found == list(codes or [0] * len(found)), (found, printed)
+        return printed
 
 
-def succeeds(process: subprocess.Popen) -> str:
-    """What a process has printed, once it has ended well; one that hangs is ended."""
-    try:
-        output = process.communicate(timeout=300)[0]
-    finally:
-        process.terminate()  # torchrun takes its processes along
-    assert process.returncode == 0, output
-    return output
+def in_process(argv: list[str], env: dict, output: Path, before: Callable | None, rank: int):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = argv
+    if before is not None:
+        before(rank)
+    run_script(importlib.import_module(Path(argv[0]).stem).main, argv[1:])
+
+
+# ----------------------------------------------------------------------------- runs
+def checkpoint(path: Path) -> dict:
+    """What the checkpoint of a run, or a file, holds."""
+    return torch.load(path / "ckpt.pt" if path.is_dir() else path, weights_only=True)
 
 
 def weights(path: Path) -> dict:
-    """The weights of a run or of a checkpoint file."""
-    file = path / "ckpt.pt" if path.is_dir() else path
-    return torch.load(file, weights_only=True)["weights"]
+    return checkpoint(path)["weights"]
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -74,21 +107,10 @@ def same_weights(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory) -> Path:
-    """A short run of the default preset on the digits."""
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    train.main(["--out", str(out), "--steps", "120", "--warmup", "10", "--flow-blocks", "2",
-                "--batch-size", "32", "--noise-end", "0.1", "--log-every", "20",
-                "--save-every", "60", "--sample-every", "0", "--val-every", "0",
-                "--precision", "float32", "--device", "cpu"])
-    return out
-
-
-@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """60 digits as an .npz: quicker to open than the built-in set is to draw."""
     path = tmp_path_factory.mktemp("data") / "digits.npz"
-    digits = open_images("digits:test", size=16, channels=3)
+    digits, _ = open_images("digits:test", 16)
     np.savez(path, images=digits.array[:60], labels=digits.labels[:60])
     return path
 

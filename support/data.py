@@ -16,6 +16,7 @@ read (`Images.summary`), and any other layout is an error that shows what was fo
 The classes are the folders right under the training root that hold images. Outer folders that hold
 nothing else are stepped into.
 """
+import collections
 import functools
 import gzip
 import hashlib
@@ -23,27 +24,26 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import re
 import shlex
 import shutil
-import struct
 import sys
 import tarfile
 import unicodedata
 import urllib.request
 import warnings
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 if __name__ == "__main__":
@@ -53,6 +53,7 @@ from support.cli import (
     Parser,
     Progress,
     UserError,
+    at_least,
     cache_directory,
     expanded,
     reading,
@@ -60,15 +61,6 @@ from support.cli import (
     warn,
     write_file,
 )
-
-IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
-CIFAR = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
-CIFAR_ARCHIVE = re.compile(r"cifar-10-(binary|python)\.tar\.gz")
-LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
-          "under train/ and under test/ or val/; move everything else away")
-# Formats that Pillow knows by name, but that hold no pixels, or need another program to draw them.
-NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-CHUNK = 32  # images that a thread decodes at a time
 
 # About damaged EXIF and the like; an image that cannot be read raises an error instead.
 warnings.filterwarnings("ignore", module="PIL")
@@ -87,7 +79,7 @@ class Images:
 
     path: str  # what was opened: digits, or an absolute path; used in messages
     array: "np.ndarray | Files"  # (M, H, W, C) uint8 with C 1 or 3, or float32; maybe on disk.
-    # Within this file it may be files that are still to be decoded.
+    # Only within this file it may be files that are still to be decoded.
     labels: np.ndarray | None = None  # (N,) int64, or float32 (N, k); None: no labels
     classes: list[str] | None = None  # the name of each label; None: labels are numbers
     numbers: np.ndarray | None = None  # (N,) int64: the place of each image in `array`
@@ -96,23 +88,32 @@ class Images:
     def __post_init__(self):
         if self.numbers is None:
             self.numbers = np.arange(len(self.array))
-        if isinstance(self.array, np.ndarray):
-            shape, dtype = self.array.shape, self.array.dtype
-            pixels = dtype == np.uint8 and shape[3:] in ((1,), (3,))
-            if len(shape) != 4 or 0 in shape or not (pixels or dtype == np.float32):
-                raise UserError(f"{self.path}: images are {dtype} {shape}; expected uint8 "
-                                "(N, H, W, C) with C 1 or 3; convert them")
-        if self.labels is not None and not self.has_vectors():
-            self.labels = check_labels(self.path, self.labels, len(self))
+        array = self.array
+        if isinstance(array, np.ndarray):
+            pixels = array.dtype == np.uint8 and array.shape[3:] in ((1,), (3,))
+            if array.ndim != 4 or not array.size or not pixels and array.dtype != np.float32:
+                raise UserError(f"{self.path}: images are {array.dtype} {array.shape}; expected "
+                                "uint8 (N, H, W, C) with C 1 or 3; convert them")
+        if self.labels is None:
+            return
+        labels = np.asarray(self.labels)
+        top = len(self.classes or []) or 2**31
+        numbers = labels.dtype.kind in "iu" and labels.ndim == 1
+        vectors = labels.dtype == np.float32 and labels.ndim == 2
+        if len(labels) != len(self) or not vectors and not (
+                numbers and labels.min(initial=0) >= 0 and labels.max(initial=0) < top):
+            raise UserError(f"{self.path}: labels are {labels.dtype} {labels.shape}, "
+                            f"{shortened(labels)}; expected {len(self)} whole numbers from 0 to "
+                            f"{top - 1}, one for each image; correct them")
+        self.labels = labels if vectors else labels.astype(np.int64)
 
     def __len__(self):
         return len(self.numbers)
 
+    @property
     def has_vectors(self) -> bool:
-        """Whether the labels are vectors (N, k) float32, which belong to no class."""
-        labels = self.labels
-        return (labels is not None and labels.dtype == np.float32 and labels.ndim == 2
-                and len(labels) == len(self))
+        """Whether the labels are vectors, which belong to no class."""
+        return self.labels is not None and self.labels.ndim == 2
 
     def batch(self, places) -> tuple[Tensor, Tensor]:
         """Images (b, C, H, W) and labels (b,) or (b, k) at these places; zeros without labels."""
@@ -121,30 +122,29 @@ class Images:
         labels = np.zeros(len(places), np.int64) if self.labels is None else self.labels[places]
         return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)
 
-    def part(self, places: np.ndarray) -> "Images":
-        """Some of the images; their pixels are not copied."""
-        labels = None if self.labels is None else self.labels[places]
-        return replace(self, labels=labels, numbers=self.numbers[places])
+    def part(self, kept: np.ndarray) -> "Images":
+        """The images at these places; no pixels are copied."""
+        labels = None if self.labels is None else self.labels[kept]
+        return replace(self, labels=labels, numbers=self.numbers[kept])
 
     def digest(self) -> str:
         """A hash of shape, labels, classes and a sample of the images: which set this is.
 
         The sample is spread evenly over the set; a set of up to 512 images is hashed as a whole.
         """
-        about = [len(self), self.array.shape[1:], self.names()]
-        state = hashlib.sha256(json.dumps(about).encode())
-        if self.labels is not None:
-            state.update(np.ascontiguousarray(self.labels))
-        for k in np.linspace(0, len(self) - 1, min(len(self), 512)).astype(np.int64):
-            state.update(np.ascontiguousarray(self.array[self.numbers[k]]))
+        about = json.dumps([len(self), self.array.shape[1:], self.names()])
+        state = hashlib.sha256(about.encode())
+        sample = np.linspace(0, len(self) - 1, min(len(self), 512)).astype(np.int64)
+        for array in (self.array[self.numbers[sample]], self.labels):
+            state.update(b"" if array is None else array.tobytes())
         return state.hexdigest()
 
     def names(self) -> list[str]:
         """The classes that these images have, numbers as text; [] if there are none."""
+        if self.has_vectors:
+            return ["vectors"]
         if self.labels is None:
             return self.classes or []
-        if self.has_vectors():
-            return []
         return [self.classes[k] if self.classes else str(k) for k in np.unique(self.labels)]
 
     def summary(self, held_out: "Images | None" = None, is_test: bool = False) -> str:
@@ -152,71 +152,46 @@ class Images:
 
         held_out: the images that evaluation uses; is_test says that they are the test split.
         """
+        labels = "without labels" if self.labels is None else "with vectors as labels"
+        if self.labels is not None and not self.has_vectors:
+            counts = np.unique(self.labels, return_counts=True)[1]
+            each = [f"{name} {n}" for name, n in zip(self.names(), counts, strict=True)]
+            labels = f"in {len(each)} class{'es' * (len(each) > 1)} ({shortened(each, 12)})"
         height, width = self.array.shape[1:3]
-        text = f"{counted(len(self), 'image')} {width}x{height} {self.classes_text()}"
+        text = f"{len(self):,} images {width}x{height} {labels}"
         if held_out is not None:
             text += f", {len(held_out):,} {'test' if is_test else 'held-out'} images"
-        text += f", from {self.path}"
-        if held_out is not None and held_out.path != self.path:
-            text += f" and {held_out.path}"
-        return "; ".join([text, *self.notes])
-
-    def classes_text(self) -> str:
-        if self.labels is None:
-            return "without labels"
-        if self.has_vectors():
-            return f"with vectors of {self.labels.shape[1]} numbers"
-        counts = np.unique(self.labels, return_counts=True)[1]
-        prefix = "" if self.classes else "class "
-        each = [f"{prefix}{name} {n}" for name, n in zip(self.names(), counts, strict=True)]
-        return f"in {len(each)} class{'es' * (len(each) > 1)} ({shortened(each, 12)})"
+        return "; ".join([f"{text}, from {self.path}", *self.notes])
 
 
-def shortened(names: list[str], most: int = 8) -> str:
+def shortened(names: Iterable, most: int = 8) -> str:
+    names = list(map(str, names))
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
-def counted(n: int, name: str) -> str:
-    """2 -> "2 images"."""
-    return f"{n:,} {name}" + "s" * (n != 1)
-
-
 def printable(text: str) -> str:
-    """A name whose bytes are not UTF-8 with these bytes escaped, and é written in one way."""
+    """A name with bytes that are not UTF-8 escaped, and with é written in one way."""
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-def main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # as torchrun sets it
-
-
 # ----------------------------------------------------------------------------- one image
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image, just opened, has more than 8 bits in a channel; Pillow may cut these."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
-    packed = str(args)
-    if image.format == "PPM" and isinstance(args, tuple):
-        return args[1] > 255  # the largest value
-    bits = getattr(image, "tag_v2", {}).get(258, 8)  # of a TIFF
-    return (image.mode[0] in "IF" or np.max(bits) > 8
-            or ";16" in packed and "BGR;16" not in packed)  # BGR;16 is 5 + 6 + 5 bits
+@dataclass
+class Crop:
+    """What becomes of each image."""
 
+    size: int | None  # of the centre crop; None: the image as it is
+    channels: int = 3  # a single one is luminance
+    enlarge: bool = False  # images that are smaller than the crop, instead of refusing them
 
-def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """An image just opened as RGB, upright, on white; and whether some of it was transparent.
-
-    Raises ValueError for pixels of more than 8 bits: nothing says which values are white.
-    """
-    if is_deep(image):
-        raise ValueError("more than 8 bits in a channel; convert it to 8 bits")
-    ImageOps.exif_transpose(image, in_place=True)
-    clear = False
-    if image.has_transparency_data:  # convert("RGB") would show the colours of clear pixels
-        image = image.convert("RGBA")
-        clear = image.getextrema()[3][0] < 255
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB"), clear
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """An RGB image as (H, W, C) uint8. Raises ValueError if it is too small."""
+        if self.size:
+            if min(image.size) < self.size and not self.enlarge:
+                raise ValueError(f"{image.width}x{image.height} pixels, smaller than image_size "
+                                 f"{self.size}")
+            image = center_crop(image, self.size)
+        pixels = np.asarray(image.convert("L") if self.channels == 1 else image)
+        return pixels.reshape(image.height, image.width, self.channels)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -233,172 +208,130 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(images: Images, i: int, size: int | None, channels: int,
-               enlarge: bool) -> tuple[np.ndarray, bool]:
-    """Image i as (H, W, channels) uint8, with `size` its centre crop; whether it was transparent.
+def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """An image just opened as RGB, upright, on white; and whether some of it was transparent.
 
-    A single channel is luminance.
+    Raises ValueError for pixels of more than 8 bits: nothing says which of their values is white,
+    and of some kinds Pillow makes noise.
     """
-    k = images.numbers[i]
-    if isinstance(images.array, Files):
-        image = Image.open(io.BytesIO(images.array.read(images.array.names[k])))
-    else:
-        pixels = images.array[k]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    image, clear = to_rgb(image)
-    if size and min(image.size) < size and not enlarge:
-        raise ValueError(f"{image.width}x{image.height} pixels, smaller than image_size {size}")
-    if size:
-        image = center_crop(image, size)
-    pixels = np.asarray(image.convert("L") if channels == 1 else image)
-    return pixels.reshape(image.height, image.width, channels), clear
+    how = image.tile[0][3] if getattr(image, "tile", None) else ""  # how the pixels are stored
+    deep = re.search("(?<!BGR);16", str(how)) or image.mode[0] in "IF"  # BGR;16 has 5 to 6 bits
+    if image.format == "PPM" and isinstance(how, tuple):
+        deep = how[1] > 255  # the largest value
+    if deep or np.max(getattr(image, "tag_v2", {}).get(258, 8)) > 8:  # a TIFF's BitsPerSample
+        raise ValueError("more than 8 bits in a channel, convert it to 8 bits")
+    ImageOps.exif_transpose(image, in_place=True)
+    clear = False
+    if image.has_transparency_data:  # convert("RGB") would show the colours of clear pixels
+        image = image.convert("RGBA")
+        clear = image.getextrema()[3][0] < 255
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), clear
 
 
 # ----------------------------------------------------------------------------- decoding
-def in_threads(work: Callable, todo, count: int) -> Iterator:
-    """work(x) for x in `todo`, in order, by `count` threads, which are a few results ahead."""
-    pool = ThreadPoolExecutor(count)
-    ahead = deque()
-    try:
+def in_threads(work: Callable, todo: Iterable, threads: int, ahead: int) -> Iterator:
+    """work(x) for x in `todo`, in order; meanwhile threads compute the next `ahead` results."""
+    results = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
         for x in todo:
-            ahead.append(pool.submit(work, x))
-            if len(ahead) > 2 * count:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            results.append(pool.submit(work, x))
+            if len(results) > ahead:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
 
 
-def decoded_chunks(images: Images, shape: tuple, size: int | None,
-                   enlarge: bool) -> Iterator[np.ndarray]:
-    """The images in order, as arrays (b, *shape) uint8. Pillow decodes and resizes without the GIL.
+def processes() -> tuple[int, int]:
+    """(number of this process, how many there are on this machine), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndarray]:
+    """The images in order, as arrays (8 or fewer, *shape) uint8, decoded by a thread on each core.
 
     Raises one UserError at the end that names all images that cannot be used.
     """
+    array = images.array
+    n = len(images)
+    broken = {}
+    clear = []
 
-    def work(start: int) -> tuple[np.ndarray, list[str], int]:
-        places = range(start, min(start + CHUNK, len(images)))
+    def work(places: range) -> np.ndarray:
         chunk = np.zeros((len(places), *shape), np.uint8)
-        errors = []
-        clear = 0
         for row, i in zip(chunk, places, strict=True):
             try:
-                pixels, transparent = read_image(images, i, size, shape[2], enlarge)
+                image, transparent = to_rgb(opened(array, images.numbers[i]))
+                pixels = crop(image)
                 if pixels.shape != shape:
-                    raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, but others "
-                                     f"{shape[1]}x{shape[0]}")
+                    raise ValueError(f"{image.size} pixels, the first image has {shape[1::-1]}")
                 row[:] = pixels
-                clear += transparent
+                clear.extend([i] * transparent)
             except Exception as error:
-                errors.append(f"{name_of(images, i)} ({cause(error)})")
-        return chunk, errors, clear
+                cause = str(error).partition(" <")[0]  # without an object's address
+                broken[i] = " ".join(cause.split())[:150] or type(error).__name__
+        return chunk
 
+    rank, world = processes()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    progress = Progress(f"decoding {images.path}", len(images), quiet=not main_process())
-    broken = []
-    clear = done = 0
-    for chunk, errors, transparent in in_threads(work, range(0, len(images), CHUNK), threads):
-        broken += errors
-        clear += transparent
-        done += len(chunk)
-        progress(done)
+    threads = max(1, cores // world)  # Pillow decodes and resizes without Python's lock
+    progress = Progress(f"decoding {images.path}", n, quiet=rank > 0)
+    todo = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
+    for chunk, places in zip(in_threads(work, todo, threads, 2 * threads), todo, strict=True):
+        progress(places.stop)
         yield chunk
     if broken:
-        advice = "; remove them, lower the image size or pass --enlarge"
-        if "smaller than" not in str(broken):
-            advice = "; replace or remove them"
-        raise UserError(f"{images.path}: {len(broken):,} of {len(images):,} images cannot be used: "
-                        f"{shortened(broken)}{advice}")
+        each = [f"{name_of(array, images.numbers[i])} ({broken[i]})" for i in sorted(broken)]
+        advice = ", lower image_size or pass --enlarge" * ("smaller than" in str(each))
+        raise UserError(f"{images.path}: {len(broken):,} of {n:,} images cannot be used: "
+                        f"{shortened(each)}; replace or remove them{advice}")
     if clear:
-        images.notes.append(f"transparency put on white in {counted(clear, 'image')}")
+        images.notes.append(f"transparency put on white in {len(clear):,} images")
 
 
-def name_of(images: Images, i: int) -> str:
-    k = images.numbers[i]
-    return printable(images.array.names[k]) if isinstance(images.array, Files) else f"image {k}"
+def opened(array: "np.ndarray | Files", k: int) -> Image.Image:
+    if isinstance(array, Files):
+        return Image.open(io.BytesIO(array.read(array.names[k])))
+    return Image.fromarray(array[k].squeeze(2) if array.shape[3] == 1 else array[k])
 
 
-def cause(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no image that Pillow reads"
-    return " ".join(str(error).split())[:150] or type(error).__name__
+def name_of(array: "np.ndarray | Files", k: int) -> str:
+    return printable(array.names[k]) if isinstance(array, Files) else f"image {k}"
 
 
-def shape_of(images: Images, size: int | None, channels: int) -> tuple:
-    """(H, W, C) of the decoded images, by the first of them where no size is asked for."""
-    if size:
-        return size, size, channels
-    if isinstance(images.array, np.ndarray):
-        return images.array.shape[1:]
-    with reading(os.path.join(images.path, name_of(images, 0)), "replace or remove it"):
-        return read_image(images, 0, size, channels, False)[0].shape
+def decoded(images: Images, crop: Crop, source: str) -> Images:
+    """The same images as one array; an array that needs no crop stays where it is.
 
-
-def decoded(images: Images, size: int | None, channels: int, enlarge: bool) -> Images:
-    """The same images as an array of this size; an array that has it already stays where it is."""
-    shape = shape_of(images, size, channels)
-    is_array = isinstance(images.array, np.ndarray)
-    if is_array and images.array.shape[1:] == shape:
-        return images
-    if is_array and images.array.dtype != np.uint8:
-        raise UserError(f"{images.path}: floats of the shape {images.array.shape[1:]} cannot be "
-                        f"cropped; expected {shape} (H, W, C); set image_size and channels")
-    array = np.empty((len(images), *shape), np.uint8)
-    done = 0
-    for chunk in decoded_chunks(images, shape, size, enlarge):
-        array[done:done + len(chunk)] = chunk
-        done += len(chunk)
-    return replace(images, array=array, numbers=None)
-
-
-def check_memory(source: str, parts: list[Images], size: int | None, channels: int,
-                 enlarge: bool) -> None:
-    """Raises UserError if the files, decoded, would take more than a quarter of the memory."""
-    needed = 0
-    for images in parts:
-        shape = shape_of(images, size, channels)
-        if isinstance(images.array, Files) or images.array.shape[1:] != shape:
-            needed += len(images) * math.prod(shape)
-    limit = memory() // 4
-    if needed > limit:
-        command = f"python support/data.py prepare {shlex.quote(source)} OUT --image-size "
-        command += f"{size or min(shape[:2])}" + " --channels 1" * (channels == 1)
-        command += " --enlarge" * enlarge
-        raise UserError(f"{source}: {sum(map(len, parts)):,} images of {shape[1]}x{shape[0]} are "
-                        f"{needed / 2**30:.1f} GiB decoded, more than a quarter of the memory "
-                        f"({limit / 2**30:.1f} GiB); decode them into a file once ({command}) and "
+    Raises UserError if it would take more than a quarter of the memory.
+    """
+    array = images.array
+    shape = (crop.size, crop.size, crop.channels)
+    if isinstance(array, np.ndarray):
+        if not crop.size or array.shape[1:] == shape:
+            return images
+        if array.dtype != np.uint8:
+            raise UserError(f"{images.path}: images are floats {array.shape[1:]} (H, W, C); "
+                            f"expected {shape}; set image_size and channels")
+    elif not crop.size:
+        with reading(os.path.join(images.path, name_of(array, 0)), "replace or remove it"):
+            shape = crop(to_rgb(opened(array, 0))[0]).shape
+    size = len(images) * math.prod(shape)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()[1]
+    if size > memory // 4:
+        command = (f"python support/data.py prepare {shlex.quote(source)} OUT --image-size "
+                   f"{min(shape[:2])} --channels {crop.channels}" + " --enlarge" * crop.enlarge)
+        raise UserError(f"{images.path}: decoded, its {len(images):,} images take "
+                        f"{size / 2**30:.1f} GiB, more than a quarter of the memory of "
+                        f"{memory / 2**30:.1f} GiB; decode them into a file once ({command}) and "
                         "pass --data OUT")
-
-
-def memory() -> int:
-    """Bytes of memory for this process: a container's limit counts, other processes share it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    if text.isdecimal():
-        total = min(total, int(text))
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pixels = np.empty((len(images), *shape), np.uint8)
+    places = itertools.count(0, 8)
+    for i, chunk in zip(places, decoded_chunks(images, crop, shape), strict=False):
+        pixels[i:i + 8] = chunk
+    return replace(images, array=pixels, numbers=None)
 
 
 # ----------------------------------------------------------------------------- labels
-def check_labels(path: str, labels, num: int, num_classes: int = 2**31) -> np.ndarray:
-    """Checks that labels are `num` whole numbers from 0 to num_classes - 1 -> (num,) int64."""
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.shape != (num,):
-        raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}; expected {num} whole "
-                        "numbers, one for each image")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        advice = "correct them, or pass a larger --num-classes"
-        if low == 1:
-            advice = "subtract 1 from each, or pass --num-classes if there is a class 0 too"
-        raise UserError(f"{path}: labels go from {low} to {high}, expected 0 to {num_classes - 1}; "
-                        f"{advice}")
-    return labels.astype(np.int64)
-
-
 def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> Images:
     """The same images, labelled as a model with these classes numbers them.
 
@@ -406,9 +339,9 @@ def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> I
     shifted. classes None or []: the model's classes are numbers. num_classes 0: class labels are
     dropped; vectors stay. Raises UserError if the labels do not fit the model.
     """
-    if images.has_vectors():
-        return images
     labels = images.labels
+    if images.has_vectors:
+        return images
     if num_classes == 0:
         return replace(images, labels=None, classes=None)
     if labels is None and images.classes and classes:  # all images lie in one folder, their class
@@ -416,81 +349,56 @@ def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> I
     if labels is None:
         raise UserError(f"{images.path} has no labels, but num_classes is {num_classes}; expected "
                         "class folders, or an array `labels`")
-    if images.classes:
-        names = [images.classes[label] for label in np.unique(labels)]
-        if classes:
-            number = {name: k for k, name in enumerate(classes)}
-        else:  # folders called 0, 1, ... are numbers too
-            number = {name: int(name) for name in names if name.isdecimal()}
-        unknown = [name for name in names if name not in number]
-        if unknown:
-            known = shortened(classes or [str(k) for k in range(num_classes)])
-            raise UserError(f"{images.path} has classes that the model does not have: "
-                            f"{shortened(unknown)}; expected {known}; rename or remove them")
-        labels = np.array([number.get(name, -1) for name in images.classes])[labels]
-    labels = check_labels(images.path, labels, len(images), num_classes)
+    known = classes or [str(k) for k in range(num_classes)]  # folders 0, 1, ... are numbers too
+    theirs = dict(enumerate(images.classes or known))
+    theirs = {k: theirs.get(k, str(k)) for k in np.unique(labels).tolist()}
+    unknown = [name for name in theirs.values() if name not in known]
+    if unknown:
+        raise UserError(f"{images.path} has classes that the model does not have: "
+                        f"{shortened(unknown)}; expected {shortened(known)}; rename, renumber or "
+                        "remove them")
+    number = {k: known.index(name) for k, name in theirs.items()}
+    labels = np.array([number[k] for k in labels.tolist()])
     return replace(images, labels=labels, classes=classes or None)
 
 
 def count_classes(images: Images, num_classes: int | None) -> int:
-    """How many classes a new model has: those of its data, each with an image, or num_classes."""
-    if images.labels is None or images.has_vectors():
+    """How many classes a new model has: those of its data, each with images, or num_classes."""
+    if images.labels is None or images.has_vectors:
         return num_classes or 0
-    found = np.unique(images.labels)
-    named = len(images.classes or [])
-    if num_classes and named not in (0, num_classes):
-        raise UserError(f"--num-classes: got {num_classes}, but {images.path} has {named} classes "
-                        f"with names ({shortened(images.classes)}); leave the flag out")
-    if num_classes:
-        check_labels(images.path, images.labels, len(images), num_classes)
-        return num_classes
-    expected = named or int(found[-1]) + 1
-    if len(found) < expected:
-        renumber = f"renumber them from 0 to {len(found) - 1}"
-        if found[0] == 1 and len(found) == expected - 1:
-            renumber = "subtract 1 from each"
-        raise UserError(f"{images.path}: {expected - len(found)} of the classes 0 to {expected - 1} "
-                        f"have no images (labels are {shortened(list(map(str, found)))}); "
-                        f"{renumber}, or pass --num-classes {expected} if they are right")
-    return expected
+    found = images.names()
+    count = len(images.classes or []) or num_classes or int(images.labels.max()) + 1
+    if num_classes not in (None, count) or len(found) < count and not num_classes:
+        raise UserError(
+            f"{images.path} has images of {len(found)} classes ({shortened(found)}), expected "
+            f"{num_classes or count} classes; number them from 0 without gaps (subtract 1 from "
+            f"each if they begin with 1), or pass --num-classes {count} if that is right")
+    return count
 
 
-def fits(images: Images, test: Images) -> bool:
-    """Whether a test split brings the classes of the training images, or fewer."""
-    if images.has_vectors() or test.has_vectors():
-        return images.has_vectors() == test.has_vectors()
-    if images.labels is None and test.labels is None and not (images.classes and test.classes):
-        return True
-    brought = set(test.names())
-    return brought <= set(images.names()) and bool(brought or images.labels is None)
+def with_test(images: Images, *tests: Images) -> list[Images]:
+    """[images, the first test split that fits], labelled as the training images are.
 
-
-def misfit(images: Images, test: Images) -> UserError:
-    """The error for a test split of other classes, with both lists."""
-    lists = [shortened(part.names()) or "no classes" for part in (images, test)]
-    return UserError(f"{images.path} holds {lists[0]}, but the test split {test.path} holds "
-                     f"{lists[1]}; expected the same classes or fewer; rename or remove folders, "
-                     "or write :train behind the data to leave the test split out")
+    A test split fits if it has the classes of the training images, or fewer.
+    """
+    have = set(images.names())
+    for test in tests:
+        brought = set(test.names())
+        unlabelled = images.labels is None and test.labels is None
+        if brought and brought <= have or unlabelled and not (brought and have):
+            break
+    else:
+        lists = [shortened(part.names()) or "no classes" for part in (images, *tests)]
+        raise UserError(f"{images.path} holds {lists[0]}, but the test split {tests[0].path} holds "
+                        f"{lists[1]}; expected the same classes or fewer; rename or remove "
+                        "folders, or write :train behind the data to leave the test split out")
+    images.notes += [f"ignored: {other.path}" for other in tests if other is not test]
+    if images.classes and images.labels is not None:
+        test = labels_for(test, images.classes, len(images.classes))
+    return [images, test]
 
 
 # ----------------------------------------------------------------------------- sources
-def split_of(source: str) -> tuple[str, str]:
-    """d:train -> ("d", "train"); ("d", "") without a split. A folder may have such a name."""
-    if source.endswith((":train", ":test")) and not os.path.exists(expanded(source)):
-        name, _, split = source.rpartition(":")
-        return name, split
-    return source, ""
-
-
-def absolute(source: str) -> str:
-    """A source as a checkpoint keeps it: names stay, d:train becomes /path/to/d:train."""
-    name, split = split_of(source)
-    path = expanded(name)
-    if not name or name in ("digits", *KNOWN) or not path.exists():
-        return source
-    return f"{path.resolve()}:{split}" if split else str(path.resolve())
-
-
 def open_images(
     source: str,
     image_size: int | None = None,
@@ -504,113 +412,105 @@ def open_images(
     known name is always the set of that name; ./digits is a folder. own: `open_images` of a
     model's file, for its own data format. Raises UserError.
     """
-    parts = listed(source, image_size, channels, own)
-    check_memory(source, parts, image_size, channels, enlarge)
-    images, test, *_ = *(decoded(part, image_size, channels, enlarge) for part in parts), None
+    crop = Crop(image_size, channels, enlarge)
+    images, test, *_ = *(decoded(part, crop, source) for part in listed(source, crop, own)), None
     return images, test
 
 
-def listed(source: str, size: int | None, channels: int, own: Callable | None) -> list[Images]:
+def split_of(source: str) -> tuple[str, str]:
+    """d:train -> ("d", "train"); ("d", "") without a split. A folder may have such a name."""
+    if source.endswith((":train", ":test")) and not expanded(source).exists():
+        return tuple(source.rsplit(":", 1))
+    return source, ""
+
+
+def absolute(source: str) -> str:
+    """A source as a checkpoint keeps it: names stay, d:train becomes /path/to/d:train."""
+    name, _ = split_of(source)
+    if name in ("", "digits", *KNOWN) or not expanded(name).exists():
+        return source
+    return f"{expanded(name).resolve()}{source[len(name):]}"
+
+
+def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]:
     """[images] or [images, test split] of a source; files are not yet decoded."""
-    if main_process():  # before anything that may take long
+    if processes()[0] == 0:  # before anything that may take long
         print(f"data: reading {printable(source)}", file=sys.stderr, flush=True)
     found = own(source) if own else None
     if found is not None:
-        parts = list(found) if isinstance(found, tuple) else [found]
-    else:
-        name, split = split_of(source)
-        there = named_parts(name, size, channels)
-        if split in there:
-            parts = [there[split]]
-        elif "train" in there and not split:
-            parts = list(there.values())
-        else:
-            names = " or ".join(f"{name}:{part}" if part else name for part in there)
-            raise UserError(f"{source}: no training split, or no split of that name; write {names}")
-        if split == "test" and "train" in there:  # its classes are numbered as those of training
-            parts = [there["train"], there["test"]]
-    if len(parts) == 2:
-        images, test = parts
-        if not fits(images, test):
-            raise misfit(images, test)
-        if images.labels is not None and images.classes:
-            parts = [images, labels_for(test, images.classes, len(images.classes))]
-    if found is None and split == "test":
-        return parts[-1:]
-    return parts
+        return with_test(*found) if isinstance(found, tuple) else [found]
+    name, split = split_of(source)
+    parts = splits(name, crop)
+    train = parts.get("train")
+    tests = [parts[part] for part in ("test", "val") if part in parts]
+    if tests and (split == "test" or train and not split):
+        return with_test(train or tests[0], *tests)[1 if split else 0:]
+    found = parts.get(split) or not split and train
+    if not found:
+        names = " or ".join(f"{name}:{part}" if part else name for part in parts)
+        raise UserError(f"{source} has no training split, or no split of that name; write {names}")
+    return [found]
 
 
-def named_parts(name: str, size: int | None, channels: int) -> dict[str, Images]:
-    """The splits of a source: train and test, or a single one without a name."""
-    expected = f"{', '.join(['digits', *KNOWN])}, or a folder, .zip or .npz of images"
-    path = str(expanded(name).absolute())
+def splits(name: str, crop: Crop) -> dict[str, Images]:
+    """The splits of a source: train, test and val, or a single one without a name."""
+    expected = f"expected {', '.join(['digits', *KNOWN])}, or a folder, .zip or .npz of images"
+    path = os.path.abspath(expanded(name))
+    there = name != "" and os.path.exists(path)
     if name in ("digits", *KNOWN):
-        if os.path.exists(name):
-            warn(f"{name} is read as the data set of that name; write ./{name} for the local files")
-    elif not name or not os.path.exists(path):
-        raise UserError(f"--data: {name or 'an empty name'} does not exist; expected {expected}")
-    if name == "digits":
-        return {"train": digits(4000, size, channels, 0), "test": digits(500, size, channels, 1)}
-    if name in KNOWN:
-        parts = read_files(list_folder(str(fetch(name))))
-        classes = KNOWN[name].classes
-        return {k: replace(part, path=name, classes=classes) for k, part in parts.items()}
-    with reading(printable(path), f"expected {expected}"):
-        return read_path(path, expected)
+        if there:
+            warn(f"{name} is read as the set of that name; write ./{name} for the local files")
+        if name == "digits":
+            return {"train": digits(4000, crop, 0), "test": digits(500, crop, 1)}
+        parts = read_path(str(fetch(name)))
+        return {k: replace(v, path=name, classes=KNOWN[name].classes) for k, v in parts.items()}
+    if not there:
+        raise UserError(f"--data: {name or 'an empty name'} does not exist; {expected}")
+    with reading(printable(path), expected):
+        return read_path(path)
 
 
-def read_path(path: str, expected: str) -> dict[str, Images]:
-    """The splits of a file or folder."""
+def read_path(path: str) -> dict[str, Images]:
+    """The splits of a folder or file. One that holds nothing but an archive is that archive."""
     if os.path.isdir(path):
-        return read_files(list_folder(path))
-    if path.lower().endswith(".zip"):
+        files = list_folder(path)
+        if len(files) == 1 and not is_table(files.names[0]) and not is_image(files.names[0]):
+            return read_path(os.path.join(path, files.names[0]))
+        return read_files(files)
+    if ending(path) == ".zip":
         return read_files(list_zip(path))
-    if path.lower().endswith(".npz"):
+    if ending(path) == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
-            hint = npz_hint(path, arrays)
-            if hint:
-                raise UserError(f"{path} holds {', '.join(arrays)}; expected `images` and `labels`; "
-                                f"{hint}")
-            return {"": read_arrays(path, dict(arrays))}
-    if tarfile.is_tarfile(path):
-        batches = list_tar(path)
-        if batches.names:
-            return read_cifar(batches)
-    hint = ending_hint(path, [path])
-    raise UserError(f"{path}: is no folder, .zip or .npz; {hint or f'expected {expected}'}")
+            return {"": read_arrays(path, arrays)}
+    batches = list_tar(path) if tarfile.is_tarfile(path) else []
+    if batches:
+        return read_cifar(batches)
+    raise UserError(f"{printable(path)} is no folder, .zip or .npz of images; "
+                    f"{hint(path, [ending(path)], LAYOUT)}")
 
 
-def read_arrays(path: str, arrays: dict, classes: list[str] | None = None) -> Images:
+def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
     """Images from named arrays, those of an .npz or of .npy files."""
-    path = printable(path)
     pixels = "images" if "images" in arrays else "arr_0"
     labels = "labels" if "labels" in arrays or pixels == "images" else "arr_1"
     if pixels not in arrays:
-        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}; expected `images` (uint8) "
-                        "and `labels`; rename its arrays")
-    array = arrays.pop(pixels)
-    images = from_arrays(path, array, arrays.pop(labels, None), classes)
-    arrays.pop("numbers", None)  # sample.py's own
-    for name, other in arrays.items():
-        scores = other.dtype.kind == "f" and (other % 1).any()
-        if other.shape[:1] == (len(images),) and not scores:
-            raise UserError(f"{path}: its array {name} has an entry for each image, but is not "
-                            "read; call it labels if it holds the labels, or else remove it")
-    if arrays:
-        images.notes.append("ignored: " + ", ".join(f"array {name}" for name in arrays))
-    return images
-
-
-def from_arrays(path: str, array: np.ndarray, labels=None, classes=None) -> Images:
-    """Images from an array (N, H, W) or (N, H, W, C) uint8 with labels (N,) or None."""
+        raise UserError(f"{printable(path)} holds {shortened(arrays) or 'nothing'}; expected "
+                        "`images` (uint8) and `labels`; " + hint(path, arrays, "rename its arrays"))
+    array = arrays[pixels]
+    if array.dtype == np.float32:
+        array = array.astype(float)  # only a model's own format says what floats are: refused
     if array.ndim == 3:
         array = array[..., None]
-    if array.dtype != np.uint8:
-        raise UserError(f"{path}: images are {array.dtype} {array.shape}; expected uint8 (N, H, W) "
-                        "or (N, H, W, C) with C 1 or 3; convert them")
-    if labels is not None:
-        labels = check_labels(path, labels, len(array), len(classes or []) or 2**31)
-    return Images(path, array, labels, classes)
+    images = Images(printable(path), array, arrays[labels] if labels in arrays else None, classes)
+    others = [name for name in arrays if name not in (pixels, labels, "numbers")]  # sample.py's
+    for name in others:
+        other = arrays[name]
+        scores = other.dtype.kind == "f" and (other % 1).any()
+        if other.shape[:1] == (len(images),) and not scores:
+            raise UserError(f"{images.path}: its array {name} has an entry for each image, but is "
+                            "not read; call it labels if it holds the labels, or else remove it")
+        images.notes.append(f"ignored: array {name}")
+    return images
 
 
 # ----------------------------------------------------------------------------- files
@@ -627,49 +527,70 @@ class Files:
 
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
-        if not folder:
-            return self
-        start = f"{folder}/"
+        start = os.path.join(folder, "")
         names = [name.removeprefix(start) for name in self.names if name.startswith(start)]
-        return Files(f"{self.path}/{folder}", names, lambda name: self.read(start + name))
+        return Files(os.path.normpath(f"{self.path}/{folder}"), names,
+                     lambda name: self.read(start + name))
 
-    def folders(self) -> list[str]:
-        """The folders right here."""
-        return list(dict.fromkeys(name.partition("/")[0] for name in self.names if "/" in name))
-
-    def unexpected(self, reason: str = "") -> UserError:
+    def unexpected(self, reason: str) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
-        found = [name for name in self.names if "/" not in name][:2]
-        for folder in self.folders()[:8]:
-            inner = self.inside(folder)
-            deeper = len(inner.folders())
-            text = counted(sum(map(is_image, inner.names)), "image")
-            text += f" in {counted(deeper, 'folder')}" * (deeper > 0)
-            found.append(f"{folder}/ ({text})")
-        if len(self.folders()) > 8:
-            found.append("...")
-        return UserError(f"{printable(self.path)} holds {printable(', '.join(found))}; "
-                         f"{reason or LAYOUT}")
+        folders = collections.Counter(os.path.join(os.path.dirname(n), "") for n in self.names)
+        found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
+        return UserError(f"{printable(self.path)} holds images or tables in {found}; {reason}")
+
+
+LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
+          "under train/ and under test/ or val/; move everything else away")
+# Formats that Pillow knows by name, but that hold no pixels, or need another program to draw them.
+NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+CIFAR = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
+
+
+def ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+@functools.cache
+def endings() -> set[str]:
+    """The endings of the files that Pillow decodes here: .png, .jpg, ..."""
+    known = Image.registered_extensions()
+    return {e for e, kind in known.items() if kind in Image.OPEN and kind not in NOT_DECODED}
+
+
+def is_image(name: str) -> bool:
+    return ending(name) in endings()
+
+
+def is_table(base: str) -> bool:
+    """Whether a file holds many images, or their labels."""
+    return bool(IDX.fullmatch(base) or CIFAR.fullmatch(base)
+                or base in ("images.npy", "dataset.json"))
+
+
+def is_hidden(base: str) -> bool:
+    """Whether systems, NAS boxes or archivers leave files of such names behind: .git, @eaDir."""
+    return base.startswith((".", "_", "@", "$")) or base in ("Thumbs.db", "lost+found")
 
 
 def list_folder(path: str) -> Files:
-    """Lists a folder on disk; hidden folders in it are named, but not entered."""
-    names = sorted(walk(path))
-    return Files(path, names, lambda name: Path(path, name).read_bytes())
+    return Files(path, sorted(walk(path)), lambda name: Path(path, name).read_bytes())
 
 
 def walk(path: str, place: str = "", above: tuple = ()) -> Iterator[str]:
-    """The names of all files below. A link to one of the folders around it is not followed."""
+    """The names of all files below; hidden folders are named, but not entered.
+
+    A link to one of the folders around it is not followed.
+    """
     real = os.path.realpath(path)
-    if real in above:
-        return
-    for entry in os.scandir(path):
+    for entry in [] if real in above else os.scandir(path):
+        name = place + entry.name
         if not entry.is_dir():
-            yield place + entry.name
+            yield name
         elif is_hidden(entry.name):
-            yield f"{place}{entry.name}/"
+            yield f"{name}/"
         else:
-            yield from walk(entry.path, f"{place}{entry.name}/", (*above, real))
+            yield from walk(entry.path, f"{name}/", (*above, real))
 
 
 def list_zip(path: str) -> Files:
@@ -678,214 +599,191 @@ def list_zip(path: str) -> Files:
     stored = {}
     for name in archive.namelist():
         *folders, base = name.replace("\\", "/").split("/")
-        folders = [folder for folder in folders if folder not in ("", ".")]
-        stored["/".join([*folders, base])] = name
+        stored["/".join([*(f for f in folders if f not in ("", ".")), base])] = name
     return Files(path, sorted(stored), lambda name: archive.read(stored[name]))
 
 
-def list_tar(path: str | io.BytesIO) -> Files:
+def list_tar(path: str) -> Files:
     """CIFAR-10's batches in a tar file; they are among its first members."""
     contents = {}
-    place = dict(fileobj=path) if isinstance(path, io.BytesIO) else dict(name=path)
-    with tarfile.open(**place) as archive:
+    with tarfile.open(path) as archive:
         for member in itertools.islice(archive, 20):
             name = os.path.basename(member.name)
             if member.isfile() and CIFAR.fullmatch(name):
                 contents[name] = archive.extractfile(member).read()
-    return Files(str(path), sorted(contents), contents.__getitem__)
+    return Files(path, sorted(contents), contents.__getitem__)
 
 
-@functools.cache
-def endings() -> set[str]:
-    """The endings of the files that Pillow decodes here: .png, .jpg, ..."""
-    known = Image.registered_extensions()
-    return {e for e, kind in known.items() if kind in set(Image.OPEN) - NOT_DECODED}
+def sift(files: Files) -> tuple[Files, str]:
+    """The files that are data, and in words what is ignored.
 
-
-def ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def is_image(name: str) -> bool:
-    return ending(name) in endings()
-
-
-def is_table(name: str) -> bool:
-    """Whether a file holds many images, or their labels."""
-    base = os.path.basename(name)
-    return bool(IDX.fullmatch(base) or CIFAR.fullmatch(base) or CIFAR_ARCHIVE.fullmatch(base)
-                or base in ("images.npy", "dataset.json"))
-
-
-def is_hidden(name: str) -> bool:
-    """Whether systems, NAS boxes or archivers leave files of such names behind: .git, @eaDir."""
-    return name.startswith((".", "_", "@", "$")) or name in ("Thumbs.db", "lost+found")
-
-
-def sift(files: Files) -> tuple[Files, list[str]]:
-    """The files that are data, and in words what is left out.
-
-    Left out are hidden names, runs of train.py (folders with ckpt.pt or log.jsonl), and files of
+    Ignored are hidden names, runs of train.py (folders with ckpt.pt or log.jsonl), and files of
     other kinds.
     """
-    runs = {os.path.dirname(n) for n in files.names
-            if os.path.basename(n) in ("ckpt.pt", "log.jsonl")}
-    arrays = {os.path.dirname(n) for n in files.names if os.path.basename(n) == "images.npy"}
+    split = [os.path.split(name) for name in files.names]
+    runs = {folder for folder, base in split if base in ("ckpt.pt", "log.jsonl")}
 
     @functools.cache
-    def left_out(folder: str) -> str:
-        """In words why nothing in a folder is read, or nothing."""
-        for place in ["", *itertools.accumulate(folder.split("/"), "{}/{}".format)]:
-            if place in runs:
-                return f"run {place or '.'}"
-            if is_hidden(os.path.basename(place)):
-                return f"folder {place}"
-        return ""
+    def ignored(folder: str) -> str:
+        """The hidden folder or the run because of which nothing in a folder is read; or ""."""
+        places = ["", *itertools.accumulate(folder.split("/"), os.path.join)]
+        found = [p for p in places if p in runs or is_hidden(os.path.basename(p))]
+        return f"in {found[0] or '.'}" if found else ""
 
-    data, others, folders = [], [], {}
-    for name in files.names:
-        folder, base = os.path.split(name)
-        if left_out(folder):
-            folders[left_out(folder)] = None
+    data = []
+    others = collections.Counter()
+    for name, (folder, base) in zip(files.names, split, strict=True):
+        if ignored(folder):
+            others[ignored(folder)] += 1
         elif (is_image(base) or is_table(base)) and not is_hidden(base):
             data.append(name)
-        elif base and folder not in arrays:
-            others.append(base)
-    words = list(folders)
-    others = [name for name in others if is_image(name) or not is_hidden(name)]
-    if others:
-        kinds = sorted({ending(name) or name for name in others})
-        hidden = " with hidden names" * any(map(is_image, others))
-        words.insert(0, f"{counted(len(others), 'file')} ({shortened(kinds)}){hidden}")
-    return replace(files, names=data), [printable(word) for word in words]
+        elif base not in ("", "labels.npy", "classes.json"):
+            others["hidden " * is_hidden(base) + (ending(base) or base)] += 1
+    words = printable(shortened([f"{n} {what}" for what, n in others.items()], 12))
+    return replace(files, names=data), f"ignored: {words}" * bool(words)
 
 
 # ----------------------------------------------------------------------------- layouts
 def read_files(everything: Files) -> dict[str, Images]:
-    """The splits in a folder or an archive: train and test, or a single one without a name."""
-    files, ignored = sift(everything)
-    files, _ = stepped_into(files)
+    """The splits in a folder or an archive: train, test and val, or a single one without a name."""
+    data, ignored = sift(everything)
+    files, _ = stepped_into(data)
     if not files.names:
-        hint = ending_hint(files.path, everything.names) or LAYOUT
-        raise UserError(f"{printable(files.path)} holds no images of a kind that Pillow reads here; "
-                        f"found: {', '.join(ignored) or 'nothing'}; {hint}")
-    tables = [name for name in files.names if "/" not in name and not is_image(name)]
-    if any(CIFAR_ARCHIVE.fullmatch(name) for name in tables):
-        parts = read_cifar(list_tar(io.BytesIO(files.read(tables[0]))))
-    elif any(map(IDX.fullmatch, tables)):
-        parts = read_idx(files)
-    elif any(map(CIFAR.fullmatch, tables)):
-        parts = read_cifar(files)
-    elif tables:
-        parts = {"": read_part(files)}
+        kinds = set(map(ending, everything.names))
+        raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
+                        f"reads; {ignored}; {hint(everything.path, kinds, LAYOUT)}")
+    names = {name.partition("/")[0] for name in files.names if "/" in name}
+    flat = [name for name in files.names if "/" not in name]
+    found = {name.lower(): name for name in names if name.lower() in ("train", "test", "val")}
+    parts = {}
+    if "train" in found and len(found) == len(names) > 1 and not flat:
+        for split, name in found.items():
+            parts[split] = read_part(files.inside(name))[""]
+    elif "train" in found and len(found) > 1 or not flat and len(names) > 1 and all(
+            re.search("train|test|val|dev", name, re.I) for name in names):
+        raise files.unexpected(LAYOUT)
     else:
-        parts = read_splits(files, ignored)
-    if tables not in ([], ["dataset.json"]) and files.folders():
-        raise files.unexpected()
+        parts = read_part(data)
     for part in parts.values():
-        part.notes[:0] = ["ignored: " + ", ".join(ignored)] if ignored else []
+        part.notes[:0] = [ignored] * bool(ignored)
     return parts
 
 
 def stepped_into(files: Files) -> tuple[Files, str]:
-    """The files in the folder that all data are in, and the name of that folder, if it is another.
+    """The files in the folder that all data are in, and the name of that folder.
 
-    Tables without images beside or below them are no data where there are images.
+    Where there are images, a table that does not lie beside or above all of them is no data.
     """
-    images = list(filter(is_image, files.names))
-    data = images or [name for name in files.names if os.path.basename(name) != "dataset.json"]
+    images = [name for name in files.names if is_image(name)]
+    tables = [name for name in files.names if not is_image(name)]
+    data = images or [name for name in tables if os.path.basename(name) != "dataset.json"]
     if not data:
         return replace(files, names=[]), ""
     root = os.path.commonprefix([data[0], data[-1]]).rpartition("/")[0]  # they are sorted
-    for name in files.names:
-        folder = os.path.dirname(name)
-        if not is_image(name) and (not folder or f"{root}/".startswith(f"{folder}/")):
-            root = folder  # a table for all of them
-    inner = files.inside(root)
-    names = inner.names
     if images:
-        names = [name for name in names if is_image(name) or "/" not in name]
-    return replace(inner, names=names), os.path.basename(root)
+        tables = [n for n in tables if f"{root}/".startswith(os.path.join(os.path.dirname(n), ""))]
+        root = os.path.dirname(min(tables, key=len)) if tables else root
+    kept = replace(files, names=images + tables)
+    return kept.inside(root) if root else kept, os.path.basename(root)
 
 
-def read_splits(files: Files, ignored: list[str]) -> dict[str, Images]:
-    """{"train": images, "test": images} where there are such folders, else {"": images}.
-
-    Of test and val the one is used that has the classes of the training images.
-    """
-    names = files.folders()
-    train = [name for name in names if name.lower() == "train"]
-    tests = [name for word in ("test", "val") for name in names if name.lower() == word]
-    flat = any("/" not in name for name in files.names)
-    if len(train) != 1 or not tests or flat or len(train + tests) < len(names):
-        like_splits = [name for name in names if re.search("train|test|val|dev", name, re.I)]
-        if train and tests or len(like_splits) == len(names) > 1:
-            raise files.unexpected()
-        return {"": read_part(files)}
-    images = read_part(files.inside(train[0]))
-    found = {name: read_part(files.inside(name)) for name in tests}
-    used = next((name for name in tests if fits(images, found[name])), tests[0])
-    ignored.extend(f"folder {name}" for name in tests if name != used)
-    return {"train": images, "test": found[used]}
-
-
-def read_part(files: Files) -> Images:
-    """The images of one split."""
-    files, folder = stepped_into(files)
+def read_part(files: Files) -> dict[str, Images]:
+    """One split, or those that idx files and CIFAR-10's batches hold."""
+    files, outer = stepped_into(files)
     path = printable(files.path)
-    if "images.npy" in files.names:
-        if files.folders() or len(files.names) > 1:
-            raise files.unexpected()
-        with reading(path, "expected images.npy, labels.npy and classes.json; unpack them"):
+    names = [name for name in files.names if is_image(name)]
+    tables = files.names[len(names):]
+    if tables and tables != ["dataset.json"] and (names or any("/" in name for name in tables)):
+        raise files.unexpected(LAYOUT)
+    if any(map(IDX.fullmatch, tables)):
+        return read_idx(files)
+    if any(map(CIFAR.fullmatch, tables)):
+        return read_cifar(files)
+    if "images.npy" in tables:
+        with reading(path, "expected images.npy, labels.npy and classes.json in a folder on disk"):
             arrays = {file.stem: np.load(file, mmap_mode="r")
                       for file in sorted(Path(files.path).glob("*.npy"))}
-        names = Path(files.path, "classes.json")
-        return read_arrays(path, arrays, json.loads(names.read_text()) if names.exists() else None)
-    if "dataset.json" in files.names:
-        pictures = replace(files, names=[n for n in files.names if is_image(n)])
-        return Images(path, pictures, json_labels(files, pictures.names))
-    folders = [name.rpartition("/")[0] for name in files.names]
-    if not any(folders):  # the name of a single folder may mean nothing: it is no label
-        return Images(path, files, classes=[printable(folder)] if folder else None)
-    if not all(folders) or any("/" in place for place in set(folders)):
-        raise files.unexpected()
-    if are_shards(files.names):
-        everything = shlex.quote(files.path)
-        command = f"unzip -j {everything} -d OUT"
-        if os.path.isdir(files.path):
-            command = f"mkdir OUT && find {everything} -type f -exec cp {{}} OUT \\;"
-        raise files.unexpected(
-            "its folders look like numbered parts of one set, not like classes; bring the images "
-            f"into one folder ({command}), or, if they are classes, give them names")
-    number = {place: printable(place) for place in set(folders)}
-    classes = in_order(set(number.values()))
-    number = {place: classes.index(name) for place, name in number.items()}
-    return Images(path, files, np.array([number[place] for place in folders]), classes)
-
-
-def in_order(names) -> list[str]:
-    """The names sorted, as numbers if all of them are numbers."""
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+            known = Path(files.path, "classes.json")
+            classes = json.loads(known.read_text()) if known.exists() else None
+        return {"": read_arrays(path, arrays, classes)}
+    images = Images(path, replace(files, names=names))
+    folders = [os.path.dirname(name) for name in names]
+    number = {folder: printable(folder) for folder in sorted(set(folders))}
+    if tables:
+        images = replace(images, labels=json_labels(files, names))
+    elif list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
+        images.classes = [printable(outer)] if outer else None
+    elif "" in number or "/" in "".join(number):
+        raise files.unexpected(LAYOUT)
+    elif are_shards(names):
+        raise files.unexpected(hint(files.path, ["shards"], ""))
+    else:
+        numeric = all(map(str.isdecimal, number))
+        classes = sorted(set(number.values()), key=int if numeric else None)
+        number = {folder: classes.index(name) for folder, name in number.items()}
+        labels = np.array([number[folder] for folder in folders])
+        images = replace(images, labels=labels, classes=classes)
+    return {"": images}
 
 
 def are_shards(names: list[str]) -> bool:
     """Whether folders are parts of one set, not classes: 00000/00999.png, then 01000/01000.png."""
     found = [re.fullmatch(r"\d{3,}/.*?(\d+)\.\w+", name) for name in names]
-    if not all(found):
-        return False
-    numbers = [int(match[1]) for match in found]
-    return all(first < second for first, second in itertools.pairwise(numbers))
+    return all(found) and all(int(a[1]) < int(b[1]) for a, b in itertools.pairwise(found))
 
 
-def json_labels(files: Files, names: list[str]) -> np.ndarray | None:
+def json_labels(files: Files, names: list[str]) -> list[int] | None:
     """The labels in dataset.json, {"labels": [[name, label], ...]}; None if it says null."""
     path = f"{printable(files.path)}/dataset.json"
     with reading(path, 'expected {"labels": [[name, label], ...]} with all images; correct it'):
         pairs = json.loads(files.read("dataset.json"))["labels"]
-        if pairs is None:
-            return None
-        table = dict(pairs)
-        return check_labels(path, [table[name] for name in names], len(names))
+        table = dict(pairs or [])
+        return None if pairs is None else [operator.index(table[name]) for name in names]
+
+
+# ----------------------------------------------------------------------------- other formats
+# What else people have, and the one command that brings it over: by endings, or names of arrays.
+ARRAYS = ("write them as this reads them (python -c 'import os, numpy as n; a = n.load(\"PATH\"); "
+          "[(os.makedirs(\"OUT/\" + s), n.save(f\"OUT/{s}/images.npy\", a[IMAGES]), n.save("
+          "f\"OUT/{s}/labels.npy\", a[LABELS].ravel())) for s in (\"train\", \"test\")]') and pass "
+          "--data OUT")
+UNPACK = "unpack it (mkdir OUT && find PATH -type f -exec tar -xf {} -C OUT \\;), pass --data OUT"
+HINTS = {
+    "x_train": ARRAYS.replace("IMAGES", '"x_" + s').replace("LABELS", '"y_" + s'),  # Keras
+    "train_images":  # MedMNIST
+        ARRAYS.replace("IMAGES", 's + "_images"').replace("LABELS", 's + "_labels"'),
+    "data":
+        "if this is ImageNet-64, write it as this reads it (python -c 'import os, glob, numpy as "
+        "n; a = [n.load(f) for f in sorted(glob.glob(\"FOLDER/train*.npz\"))]; os.makedirs("
+        "\"OUT\"); n.save(\"OUT/images.npy\", n.concatenate([b[\"data\"].reshape(len(b[\"data\"]), "
+        "3, -1, round((b[\"data\"].shape[1] / 3) ** .5)).transpose(0, 2, 3, 1) for b in a])); "
+        "n.save(\"OUT/labels.npy\", n.concatenate([b[\"labels\"] for b in a]) - 1)') and pass "
+        "--data OUT",
+    ".parquet":
+        "write its images into class folders (python -c 'import os, glob, pandas as p; t = "
+        "p.concat(map(p.read_parquet, sorted(glob.glob(\"FOLDER/**/train*.parquet\", "
+        "recursive=True)))); x = next(c for c in t if isinstance(t[c].iloc[0], dict)); y = next("
+        "c for c in t if t[c].dtype.kind in \"iu\"); [(os.makedirs(f\"OUT/{k}\", exist_ok=True), "
+        "open(f\"OUT/{k}/{i:08}.png\", \"wb\").write(v[\"bytes\"])) for i, (v, k) in enumerate("
+        "zip(t[x], t[y]))]') and pass --data OUT",
+    ".npz": "pass one of the .npz files",
+    ".zip": "unpack it (find PATH -name '*.zip' -exec unzip {} -d OUT \\;), pass --data OUT",
+    **dict.fromkeys([".tar", ".gz", ".tgz", ".xz", ".bz2"], UNPACK),
+    "shards":
+        "its folders look like numbered parts of one set, not like classes; bring the images into "
+        "one folder (mkdir OUT && find PATH -type f -exec cp {} OUT \\;) and pass --data OUT; or, "
+        "if they are classes, give them names",
+}
+
+
+def hint(path: str, found: Iterable[str], otherwise: str) -> str:
+    """What to do about a source in which such files or arrays were found."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    for kind, text in HINTS.items():
+        if kind in found:
+            return text.replace("find PATH", f"find {shlex.quote(path)}").replace(
+                "PATH", path).replace("FOLDER", folder)
+    return otherwise
 
 
 # ----------------------------------------------------------------------------- idx and CIFAR-10
@@ -894,46 +792,44 @@ def read_idx(files: Files) -> dict[str, Images]:
     parts = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         if any(name.startswith(prefix) for name in files.names):
-            pixels, labels = (idx_array(files, f"{prefix}-{kind}") for kind in ("images", "labels"))
-            parts[split] = from_arrays(printable(files.path), pixels, labels)
+            arrays = {kind: idx_array(files, f"{prefix}-{kind}") for kind in ("images", "labels")}
+            parts[split] = read_arrays(files.path, arrays)
     return parts
 
 
 def idx_array(files: Files, stem: str) -> np.ndarray:
     """The array in the file whose name begins with `stem`, unpacked if there is also a .gz."""
-    names = [name for name in files.names if name.startswith(stem)]
+    name = next((name for name in files.names if name.startswith(stem)), None)
     path = printable(files.path)
-    if not names:
+    if not name:
         raise UserError(f"{path} has no {stem}-idx file beside the others; add it")
-    with reading(f"{path}/{names[0]}", "expected an idx file of 8-bit numbers; replace it"):
-        content = files.read(names[0])
+    with reading(f"{path}/{name}", "expected an idx file of 8-bit numbers; replace it"):
+        content = files.read(name)
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         if content[:3] != b"\0\0\x08":  # two zeros and the code of uint8, then the number of axes
             raise ValueError(f"it begins with {content[:4].hex()}")
-        axes = content[3]
-        shape = struct.unpack_from(f">{axes}I", content, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+        shape = np.frombuffer(content, ">u4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
 def read_cifar(files: Files) -> dict[str, Images]:
     """The splits in CIFAR-10's batches: labels, and the three planes of each image."""
-    stems = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     path = printable(files.path)
     parts = {}
-    for split, names in stems.items():
-        found = [n for stem in names for n in [f"{stem}.bin", stem] if n in files.names][:len(names)]
-        if not found:
-            continue
-        if len(found) < len(names):
-            raise UserError(f"{path} holds {len(found)} of CIFAR-10's {len(names)} training "
-                            "batches; put the others beside them")
-        with reading(path, "expected CIFAR-10's batches, binary or Python's; replace them"):
-            batches = [cifar_batch(name, files.read(name)) for name in found]
-            planes, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-            array = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        array = np.ascontiguousarray(array)
-        parts[split] = from_arrays(path, array, labels, KNOWN["cifar10"].classes)
+    for split, stem, count in (("train", "data_batch", 5), ("test", "test_batch", 1)):
+        names = [name for name in files.names if name.startswith(stem)]
+        names = [name for name in names if name.endswith(".bin")] or names
+        if len(names) not in (0, count):
+            raise UserError(f"{path} holds {len(names)} of CIFAR-10's {count} training batches; "
+                            "put the others beside them")
+        if names:
+            with reading(path, "expected CIFAR-10's batches, binary or Python's; replace them"):
+                found = [cifar_batch(name, files.read(name)) for name in names]
+                planes, labels = map(np.concatenate, zip(*found, strict=True))
+                array = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            array = np.ascontiguousarray(array)
+            parts[split] = Images(path, array, labels, KNOWN["cifar10"].classes)
     return parts
 
 
@@ -943,73 +839,22 @@ def cifar_batch(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
         records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
         return records[:, 1:], records[:, 0]
     table = Unpickler(io.BytesIO(content), encoding="bytes").load()
-    table = {key.decode() if isinstance(key, bytes) else key: part for key, part in table.items()}
-    return np.asarray(table["data"]), np.asarray(table["labels"])
+    table = {str(k, "ascii") if isinstance(k, bytes) else k: v for k, v in table.items()}
+    return table["data"], np.array(table["labels"])
 
 
 class Unpickler(pickle.Unpickler):
     """Reads arrays, and runs no code: a pickle that asks for anything else is refused."""
 
+    allowed = {
+        "_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
+        "encode": lambda text, _: text.encode("latin1"),  # how Python 3 may write bytes
+    }
+
     def find_class(self, module, name):
-        rebuild = np.zeros(0).__reduce__()[0]
-        allowed = {"_reconstruct": rebuild, "ndarray": np.ndarray, "dtype": np.dtype,
-                   "encode": lambda text, coding: text.encode("latin1")}  # how Python 3 keeps bytes
-        if module.partition(".")[0] not in ("numpy", "_codecs") or name not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return allowed[name]
-
-
-# ----------------------------------------------------------------------------- other formats
-def ending_hint(path: str, names: list[str]) -> str:
-    """The command that brings files of another kind over, by the endings of their names; or ""."""
-    kinds = {ending(name) for name in names}
-    quoted = shlex.quote(path)
-    if kinds & {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".xz", ".zst"}:
-        return (f"unpack it (mkdir OUT && find {quoted} -name '*.t*' -exec tar -xf {{}} -C OUT \\;) "
-                "and pass --data OUT")
-    if ".zip" in kinds:
-        return f"unpack it (find {quoted} -name '*.zip' -exec unzip {{}} -d OUT \\;), pass --data OUT"
-    if ".npz" in kinds:
-        return "pass one of the .npz files itself"
-    if ".parquet" in kinds:
-        pattern = os.path.join(path, "**", "train*.parquet") if os.path.isdir(path) else path
-        code = (
-            f"import glob, os, pandas as p; "
-            f"t = p.concat(map(p.read_parquet, sorted(glob.glob({json.dumps(pattern)}, "
-            f"recursive=True)))); "
-            f"x = next(c for c in t if isinstance(t[c].iloc[0], dict)); "
-            f"y = next(c for c in t if t[c].dtype.kind in \"iu\"); "
-            f"[(os.makedirs(f\"OUT/{{k}}\", exist_ok=True), open(f\"OUT/{{k}}/{{i:08}}.png\", "
-            f"\"wb\").write(v[\"bytes\"])) for i, (v, k) in enumerate(zip(t[x], t[y]))]")
-        return f"write its images into class folders ({python(code)}) and pass --data OUT"
-    return ""
-
-
-def npz_hint(path: str, arrays) -> str:
-    """The command that brings an .npz of MedMNIST, Keras or ImageNet-64 over; or ""."""
-    keys = {"x_train": ('"x_" + s', '"y_" + s'),
-            "train_images": ('s + "_images"', 's + "_labels"')}
-    for key, (images, labels) in keys.items():
-        if key in arrays:
-            code = (f"import os, numpy as n; a = n.load({json.dumps(path)}); "
-                    f"[(os.makedirs(\"OUT/\" + s), n.save(f\"OUT/{{s}}/images.npy\", a[{images}]), "
-                    f"n.save(f\"OUT/{{s}}/labels.npy\", a[{labels}].ravel())) "
-                    f"for s in (\"train\", \"test\")]")
-            return f"write them as this reads them ({python(code)}) and pass --data OUT"
-    if "data" in arrays and "images" not in arrays:
-        side = math.isqrt(arrays["data"].shape[-1] // 3)
-        pattern = re.sub(r"\d+(?=\.npz$)", "*", path)
-        code = (f"import glob, os, numpy as n; "
-                f"a = [n.load(f) for f in sorted(glob.glob({json.dumps(pattern)}))]; "
-                f"os.makedirs(\"OUT\"); n.save(\"OUT/images.npy\", n.concatenate([b[\"data\"]"
-                f".reshape(-1, 3, {side}, {side}).transpose(0, 2, 3, 1) for b in a])); "
-                f"n.save(\"OUT/labels.npy\", n.concatenate([b[\"labels\"] for b in a]) - 1)")
-        return f"write them as this reads them ({python(code)}) and pass --data OUT"
-    return ""
-
-
-def python(code: str) -> str:
-    return f"python -c {shlex.quote(code)}"
+        if module.split(".")[0] in ("numpy", "_codecs") and name in self.allowed:
+            return self.allowed[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
 
 # ----------------------------------------------------------------------------- sets by name
@@ -1068,7 +913,7 @@ def fetch(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     there = [file for file in os.listdir(folder) if not file.endswith(".tmp")]
     for file, sha256 in KNOWN[name].files.items():
-        stem = re.split("-idx|-binary", file)[0]  # the user's own file may have another ending
+        stem = file.partition("-idx")[0]  # the user's own file may have another ending
         if not any(found.startswith(stem) for found in there):
             receive = functools.partial(download, KNOWN[name].address + file, sha256, folder)
             write_file(folder / file, receive)
@@ -1092,11 +937,8 @@ def download(url: str, sha256: str, folder: Path, file) -> None:
 
 
 # ----------------------------------------------------------------------------- built-in digits
-def draw_digit(label: int, size: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws a light digit on a dark background, with random colours, size, place and slant.
-
-    Returns (size, size, channels) uint8.
-    """
+def draw_digit(label: int, size: int, rng: np.random.Generator) -> Image.Image:
+    """Draws a light digit on a dark background, with random colours, size, place and slant."""
     big = 4 * size
     ink = tuple(rng.integers(150, 256, 3).tolist())
     ground = tuple(rng.integers(0, 90, 3).tolist())
@@ -1107,25 +949,26 @@ def draw_digit(label: int, size: int, channels: int, rng: np.random.Generator) -
     width = big // 32
     draw.text(place, str(label), ink, font, anchor="mm", stroke_width=width, stroke_fill=ink)
     picture = picture.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC, fillcolor=ground)
-    picture = picture.resize((size, size), Image.Resampling.BOX)
-    if channels == 1:
-        picture = picture.convert("L")
-    return np.asarray(picture).reshape(size, size, channels)
+    return picture.resize((size, size), Image.Resampling.BOX)
 
 
 @functools.lru_cache(maxsize=4)
-def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
+def drawn_digits(num: int, size: int, channels: int, seed: int) -> np.ndarray:
     """Draws `num` digits, all classes in turn; image i depends on (seed, i) alone."""
-    if size is None:
+    progress = Progress(f"drawing digits of {size}x{size}", num, quiet=processes()[0] > 0)
+    array = np.empty((num, size, size, channels), np.uint8)
+    for i in range(num):
+        array[i] = Crop(None, channels)(draw_digit(i % 10, size, np.random.default_rng([seed, i])))
+        progress(i + 1)
+    return array
+
+
+def digits(num: int, crop: Crop, seed: int) -> Images:
+    if not crop.size:
         raise UserError("the digits are drawn at a model's size, which is not known here; pass "
                         "other images instead")
-    labels = np.arange(num) % 10
-    progress = Progress(f"drawing digits of {size}x{size}", num, quiet=not main_process())
-    array = np.empty((num, size, size, channels), np.uint8)
-    for i, label in enumerate(labels):
-        array[i] = draw_digit(int(label), size, channels, np.random.default_rng([seed, i]))
-        progress(i + 1)
-    return Images("digits", array, labels, [str(label) for label in range(10)])
+    array = drawn_digits(num, crop.size, crop.channels, seed)
+    return Images("digits", array, np.arange(num) % 10, list("0123456789"))
 
 
 # ----------------------------------------------------------------------------- what a run uses
@@ -1163,30 +1006,29 @@ def open_split(
         classes = images.classes if images.labels is not None else None
         if num_classes != 0:
             num_classes = count_classes(images, num_classes)
-    images = labels_for(images, classes, num_classes)
-    classes = images.classes or []
-    train, held_out = images, None
+    train = labels_for(images, classes, num_classes)
+    classes = train.classes or []
     if holdout:
-        train, held_out = hold_out(images, holdout)
+        train, test = hold_out(train, holdout)
     elif test is not None:
-        held_out = labels_for(test, classes, num_classes)
-    is_test = held_out is not None and not holdout
-    summary = train.summary(held_out, is_test)
-    return Split(train, held_out, is_test, classes, num_classes, digest, summary)
+        test = labels_for(test, classes, num_classes)
+    is_test = test is not None and not holdout
+    return Split(
+        train, test, is_test, classes, num_classes, digest, train.summary(test, is_test))
 
 
 def hold_out(images: Images, per_class: int) -> tuple[Images, Images]:
-    """(train, held out): held out are the last `per_class` of each class, or of all."""
-    labels = images.labels
-    if labels is None or images.has_vectors():
-        labels = np.zeros(len(images), np.int64)
+    """(train, held out): held out are the last `per_class` of each class, or of all without."""
+    by_class = images.labels is not None and not images.has_vectors
+    labels = images.labels if by_class else np.zeros(len(images), np.int64)
     held = np.zeros(len(images), bool)
-    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        if not 0 <= per_class < count:
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        if per_class >= len(places):
             raise UserError(f"--holdout: cannot hold out {per_class} images of each class: "
-                            f"{images.path} has {count} of class {label}; lower it")
-        held[np.flatnonzero(labels == label)[count - per_class:]] = True
-    return images.part(np.flatnonzero(~held)), images.part(np.flatnonzero(held))
+                            f"{images.path} has {len(places)} of class {label}; lower it")
+        held[places[len(places) - per_class:]] = True
+    return images.part(~held), images.part(held)
 
 
 # ----------------------------------------------------------------------------- batches
@@ -1212,39 +1054,30 @@ def batches(
     if batch_size < 1 or batch_size % world:
         raise UserError(f"--batch-size: got {batch_size}, expected a multiple of the {world} "
                         "processes")
+    share = batch_size // world
 
     @functools.lru_cache(2)  # a step may end one epoch and begin the next
     def epoch(number: int) -> tuple[np.ndarray, np.ndarray]:
         """The places (m,) in the order of an epoch, and which of them (m,) are mirrored."""
         if epoch_order:
             generator = image_generators(seed, [number], torch.device("cpu"))[0]
-            labels = torch.zeros(len(images), dtype=torch.int64)
-            if images.labels is not None:
-                labels = torch.from_numpy(images.labels)
-            order = epoch_order(labels, generator).numpy()
+            labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+            order = epoch_order(torch.from_numpy(labels), generator).numpy()
         else:
             order = np.random.default_rng([seed, number]).permutation(len(images))
         return order, np.random.default_rng([seed, number, 1]).random(len(order)) < 0.5
 
-    length = len(epoch(0)[0])
-    share = batch_size // world
-
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        m = len(epoch(0)[0])
         uid = step * batch_size + rank * share + np.arange(share)
-        found = [[part[g % length] for part in epoch(g // length)] for g in uid.tolist()]
-        places, mirrored = map(np.array, zip(*found, strict=True))
+        places, mirrored = zip(*([part[g % m] for part in epoch(g // m)] for g in uid), strict=True)
         pixels, labels = images.batch(places)
         if flip:
-            mirrored = torch.from_numpy(mirrored)
+            mirrored = torch.tensor(mirrored)
             pixels[mirrored] = pixels[mirrored].flip(3)
         return pixels, labels, torch.from_numpy(uid)
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(make, start_step)
-        for step in itertools.count(start_step + 1):
-            batch = ahead.result()
-            ahead = pool.submit(make, step)
-            yield batch
+    yield from in_threads(make, itertools.count(start_step), threads=1, ahead=1)
 
 
 # ----------------------------------------------------------------------------- uint8 and floats
@@ -1267,27 +1100,23 @@ def dequantize(images: Tensor, kind: str, sigma: float, generators: list | None)
     rgb:      x = (x_int + round(sigma eps) + u) / 128 - 1,   sigma in steps of the 8 bits
     none:     x = (x_int + 1/2) / 128 - 1
 
-    Images that are floats already keep their own units: they get sigma eps or nothing.
+    Images that are floats already keep their units: they get sigma eps or nothing.
     """
 
     def draw(law: Callable) -> Tensor:
         shape = images.shape[1:]
         return torch.stack([law(shape, generator=g, device=images.device) for g in generators])
 
-    kinds = ("gaussian", "uniform", "rgb", "none")
-    if images.is_floating_point():
-        kinds = ("gaussian", "none")
+    floats = images.is_floating_point()
+    kinds = ["gaussian", "none"] if floats else ["gaussian", "uniform", "rgb", "none"]
     if kind not in kinds:
-        raise UserError(f"noise: got {kind}, expected {', '.join(kinds[:-1])} or none for "
-                        f"{'these images' if len(kinds) == 4 else 'images that are floats'}")
+        raise UserError(f"noise: got {kind}, expected {', '.join(kinds)}" +
+                        " for images that are floats" * floats)
     x = images.float()
-    if kind == "uniform":
-        return (x + draw(torch.rand)) / 128 - 1
     if kind == "rgb":
-        steps = (sigma * draw(torch.randn)).round()
-        return (x + steps + draw(torch.rand)) / 128 - 1
-    if not images.is_floating_point():
-        x = (x + 0.5) / 128 - 1
+        x = x + (sigma * draw(torch.randn)).round()
+    if not floats:
+        x = (x + (0.5 if kind in ("gaussian", "none") else draw(torch.rand))) / 128 - 1
     return x + sigma * draw(torch.randn) if kind == "gaussian" else x
 
 
@@ -1297,19 +1126,19 @@ def quantize(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- prepare
-def prepare(images: Images, out: Path, size: int, channels: int, enlarge: bool) -> Images:
+def prepare(images: Images, crop: Crop, out: Path) -> Images:
     """Writes images.npy, labels.npy and classes.json -> the images, now mapped from there."""
     out.mkdir(parents=True)
     if images.labels is not None:
         np.save(out / "labels.npy", images.labels)
-        if images.classes:
-            (out / "classes.json").write_text(json.dumps(images.classes))
-    shape = (size, size, channels)
+    if images.labels is not None and images.classes:
+        (out / "classes.json").write_text(json.dumps(images.classes))
+    shape = (crop.size, crop.size, crop.channels)
 
     def write(file) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *shape)}
         np.lib.format.write_array_header_1_0(file, header)
-        for chunk in decoded_chunks(images, shape, size, enlarge):
+        for chunk in decoded_chunks(images, crop, shape):
             file.write(chunk)
 
     write_file(out / "images.npy", write)
@@ -1328,35 +1157,32 @@ def main(argv: list[str] | None = None) -> None:
 A test split beside the training images is prepared too, into OUT/train and
 OUT/test. Where images cannot be read, all of them are named, and OUT is not
 made.""")
-    parser.add_argument("command", choices=["prepare"], metavar="prepare",
-                        help="the only command")
+    parser.add_argument("command", choices=["prepare"], metavar="prepare", help="the only command")
     parser.add_argument("data", metavar="DATA", help="the images: what train.py takes as --data")
-    parser.add_argument("out", metavar="OUT",
+    parser.add_argument("out", metavar="OUT", type=expanded,
                         help="a new folder for images.npy, labels.npy and classes.json")
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=int, required=True, metavar="N",
-                       help="crop to the centre square and resize to N x N pixels (required)")
-    group.add_argument("--channels", type=int, choices=(1, 3), default=3,
-                       help="1 (grey) or 3 (RGB) (default: 3)")
-    group.add_argument("--enlarge", action="store_true",
-                       help="enlarge images smaller than --image-size instead of refusing")
+    parser.add_argument("--image-size", type=at_least(int, 1), required=True, metavar="N",
+                        help="crop to the centre square and resize to N x N pixels (required)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3,
+                        help="1 (grey) or 3 (RGB) (default: 3)")
+    parser.add_argument("--enlarge", action="store_true",
+                        help="enlarge images smaller than --image-size instead of refusing")
     args = parser.parse_args(argv)
-    if args.image_size < 1:
-        raise UserError(f"--image-size: got {args.image_size}, expected at least 1")
-    out = expanded(args.out).absolute()
+    out = args.out
     if out.exists():
         raise UserError(f"{out} exists; choose a new folder")
-    parts = listed(args.data, args.image_size, args.channels, None)
+    crop = Crop(args.image_size, args.channels, args.enlarge)
+    parts = listed(args.data, crop)
     folders = ["train", "test"] if len(parts) == 2 else [""]
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # hidden: it may lie in the data
     try:
-        made = [prepare(part, unfinished / folder, args.image_size, args.channels, args.enlarge)
-                for folder, part in zip(folders, parts, strict=True)]
+        made = [prepare(part, crop, unfinished / folder)
+                for part, folder in zip(parts, folders, strict=True)]
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"data: {made[0].summary(*made[1:], is_test=len(made) == 2)}")
-    print(f"saved in {out}: train on it with --data {args.out}")
+    print(f"data: {made[0].summary(*made[1:], is_test=True)}")
+    print(f"saved in {out}: train on it with --data {out}")
 
 
 if __name__ == "__main__":
