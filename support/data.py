@@ -122,6 +122,16 @@ class Images:
         labels = np.zeros(len(places), np.int64) if self.labels is None else self.labels[places]
         return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)
 
+    def file(self, i: int) -> tuple[str, Callable[[], Image.Image]]:
+        """The name of image i, and what opens it."""
+        k = self.numbers[i]
+        if isinstance(self.array, Files):
+            name = self.array.names[k]
+            return printable(name), lambda: Image.open(io.BytesIO(self.array.read(name)))
+        pixels = self.array[k]
+        pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+        return f"image {k}", lambda: Image.fromarray(pixels)
+
     def part(self, kept: np.ndarray) -> "Images":
         """The images at these places; no pixels are copied."""
         labels = None if self.labels is None else self.labels[kept]
@@ -252,51 +262,40 @@ def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndar
 
     Raises one UserError at the end that names all images that cannot be used.
     """
-    array = images.array
-    n = len(images)
     broken = {}
     clear = []
 
     def work(places: range) -> np.ndarray:
         chunk = np.zeros((len(places), *shape), np.uint8)
         for row, i in zip(chunk, places, strict=True):
+            name, open_image = images.file(i)
             try:
-                image, transparent = to_rgb(opened(array, images.numbers[i]))
+                image, transparent = to_rgb(open_image())
                 pixels = crop(image)
                 if pixels.shape != shape:
-                    raise ValueError(f"{image.size} pixels, the first image has {shape[1::-1]}")
+                    raise ValueError(f"{pixels.shape} pixels, the first image has {shape}")
                 row[:] = pixels
                 clear.extend([i] * transparent)
             except Exception as error:
-                cause = str(error).partition(" <")[0]  # without an object's address
-                broken[i] = " ".join(cause.split())[:150] or type(error).__name__
+                broken[i] = f"{name} ({str(error).partition(' <')[0] or type(error).__name__})"
         return chunk
 
     rank, world = processes()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     threads = max(1, cores // world)  # Pillow decodes and resizes without Python's lock
+    n = len(images)
     progress = Progress(f"decoding {images.path}", n, quiet=rank > 0)
     todo = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
     for chunk, places in zip(in_threads(work, todo, threads, 2 * threads), todo, strict=True):
         progress(places.stop)
         yield chunk
     if broken:
-        each = [f"{name_of(array, images.numbers[i])} ({broken[i]})" for i in sorted(broken)]
-        advice = ", lower image_size or pass --enlarge" * ("smaller than" in str(each))
+        each = shortened(broken[i] for i in sorted(broken))
+        advice = ", lower image_size or pass --enlarge" * ("smaller than" in each)
         raise UserError(f"{images.path}: {len(broken):,} of {n:,} images cannot be used: "
-                        f"{shortened(each)}; replace or remove them{advice}")
+                        f"{' '.join(each.split())}; replace or remove them{advice}")
     if clear:
         images.notes.append(f"transparency put on white in {len(clear):,} images")
-
-
-def opened(array: "np.ndarray | Files", k: int) -> Image.Image:
-    if isinstance(array, Files):
-        return Image.open(io.BytesIO(array.read(array.names[k])))
-    return Image.fromarray(array[k].squeeze(2) if array.shape[3] == 1 else array[k])
-
-
-def name_of(array: "np.ndarray | Files", k: int) -> str:
-    return printable(array.names[k]) if isinstance(array, Files) else f"image {k}"
 
 
 def decoded(images: Images, crop: Crop, source: str) -> Images:
@@ -304,29 +303,29 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
 
     Raises UserError if it would take more than a quarter of the memory.
     """
-    array = images.array
     shape = (crop.size, crop.size, crop.channels)
-    if isinstance(array, np.ndarray):
-        if not crop.size or array.shape[1:] == shape:
+    if isinstance(images.array, np.ndarray):
+        have = images.array.shape[1:]
+        if not crop.size or have == shape:
             return images
-        if array.dtype != np.uint8:
-            raise UserError(f"{images.path}: images are floats {array.shape[1:]} (H, W, C); "
-                            f"expected {shape}; set image_size and channels")
+        if images.array.dtype != np.uint8:
+            raise UserError(f"{images.path}: images are floats {have}; expected {shape}; set "
+                            "image_size and channels")
     elif not crop.size:
-        with reading(os.path.join(images.path, name_of(array, 0)), "replace or remove it"):
-            shape = crop(to_rgb(opened(array, 0))[0]).shape
+        name, open_image = images.file(0)
+        with reading(f"{images.path}/{name}", "replace or remove it"):
+            shape = crop(to_rgb(open_image())[0]).shape
     size = len(images) * math.prod(shape)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()[1]
     if size > memory // 4:
-        command = (f"python support/data.py prepare {shlex.quote(source)} OUT --image-size "
-                   f"{min(shape[:2])} --channels {crop.channels}" + " --enlarge" * crop.enlarge)
-        raise UserError(f"{images.path}: decoded, its {len(images):,} images take "
-                        f"{size / 2**30:.1f} GiB, more than a quarter of the memory of "
-                        f"{memory / 2**30:.1f} GiB; decode them into a file once ({command}) and "
-                        "pass --data OUT")
+        raise UserError(
+            f"{images.path}: its {len(images):,} images take {size / 2**30:.1f} GiB, more than a "
+            f"quarter of the memory of {memory / 2**30:.1f} GiB; decode them into a file (python "
+            f"support/data.py prepare {shlex.quote(source)} OUT --image-size {min(shape[:2])} "
+            f"--channels {crop.channels}{' --enlarge' * crop.enlarge}) and pass --data OUT")
     pixels = np.empty((len(images), *shape), np.uint8)
-    places = itertools.count(0, 8)
-    for i, chunk in zip(places, decoded_chunks(images, crop, shape), strict=False):
+    chunks = decoded_chunks(images, crop, shape)
+    for i, chunk in zip(itertools.count(0, 8), chunks, strict=False):
         pixels[i:i + 8] = chunk
     return replace(images, array=pixels, numbers=None)
 
@@ -502,8 +501,7 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
     if array.ndim == 3:
         array = array[..., None]
     images = Images(printable(path), array, arrays[labels] if labels in arrays else None, classes)
-    others = [name for name in arrays if name not in (pixels, labels, "numbers")]  # sample.py's
-    for name in others:
+    for name in sorted({*arrays} - {pixels, labels, "numbers"}):  # sample.py writes numbers
         other = arrays[name]
         scores = other.dtype.kind == "f" and (other % 1).any()
         if other.shape[:1] == (len(images),) and not scores:
@@ -527,7 +525,7 @@ class Files:
 
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
-        start = os.path.join(folder, "")
+        start = os.path.join(folder, "")  # nothing for ""
         names = [name.removeprefix(start) for name in self.names if name.startswith(start)]
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
                      lambda name: self.read(start + name))
@@ -652,15 +650,12 @@ def read_files(everything: Files) -> dict[str, Images]:
         kinds = set(map(ending, everything.names))
         raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
                         f"reads; {ignored}; {hint(everything.path, kinds, LAYOUT)}")
-    names = {name.partition("/")[0] for name in files.names if "/" in name}
-    flat = [name for name in files.names if "/" not in name]
-    found = {name.lower(): name for name in names if name.lower() in ("train", "test", "val")}
-    parts = {}
-    if "train" in found and len(found) == len(names) > 1 and not flat:
-        for split, name in found.items():
-            parts[split] = read_part(files.inside(name))[""]
-    elif "train" in found and len(found) > 1 or not flat and len(names) > 1 and all(
-            re.search("train|test|val|dev", name, re.I) for name in names):
+    tops = {name.partition("/")[0] for name in files.names}  # folders, and files that are here
+    found = {name.lower(): name for name in tops if name.lower() in ("train", "test", "val")}
+    alike = [name for name in tops if re.search("^[^.]*(train|test|val|dev)[^.]*$", name, re.I)]
+    if "train" in found and len(found) == len(tops) > 1:
+        parts = {split: read_part(files.inside(name))[""] for split, name in found.items()}
+    elif "train" in found and len(found) > 1 or len(alike) == len(tops) > 1:
         raise files.unexpected(LAYOUT)
     else:
         parts = read_part(data)
@@ -670,21 +665,19 @@ def read_files(everything: Files) -> dict[str, Images]:
 
 
 def stepped_into(files: Files) -> tuple[Files, str]:
-    """The files in the folder that all data are in, and the name of that folder.
+    """The files in the folder that all data are in, images first, and the name of that folder.
 
     Where there are images, a table that does not lie beside or above all of them is no data.
     """
     images = [name for name in files.names if is_image(name)]
     tables = [name for name in files.names if not is_image(name)]
     data = images or [name for name in tables if os.path.basename(name) != "dataset.json"]
-    if not data:
-        return replace(files, names=[]), ""
-    root = os.path.commonprefix([data[0], data[-1]]).rpartition("/")[0]  # they are sorted
+    root = os.path.commonprefix([data[0], data[-1]]).rpartition("/")[0] if data else ""  # sorted
     if images:
         tables = [n for n in tables if f"{root}/".startswith(os.path.join(os.path.dirname(n), ""))]
         root = os.path.dirname(min(tables, key=len)) if tables else root
-    kept = replace(files, names=images + tables)
-    return kept.inside(root) if root else kept, os.path.basename(root)
+    kept = replace(files, names=images + tables if data else [])
+    return kept.inside(root), os.path.basename(root)
 
 
 def read_part(files: Files) -> dict[str, Images]:
@@ -693,37 +686,34 @@ def read_part(files: Files) -> dict[str, Images]:
     path = printable(files.path)
     names = [name for name in files.names if is_image(name)]
     tables = files.names[len(names):]
-    if tables and tables != ["dataset.json"] and (names or any("/" in name for name in tables)):
-        raise files.unexpected(LAYOUT)
-    if any(map(IDX.fullmatch, tables)):
-        return read_idx(files)
-    if any(map(CIFAR.fullmatch, tables)):
-        return read_cifar(files)
-    if "images.npy" in tables:
-        with reading(path, "expected images.npy, labels.npy and classes.json in a folder on disk"):
-            arrays = {file.stem: np.load(file, mmap_mode="r")
-                      for file in sorted(Path(files.path).glob("*.npy"))}
-            known = Path(files.path, "classes.json")
-            classes = json.loads(known.read_text()) if known.exists() else None
-        return {"": read_arrays(path, arrays, classes)}
-    images = Images(path, replace(files, names=names))
     folders = [os.path.dirname(name) for name in names]
-    number = {folder: printable(folder) for folder in sorted(set(folders))}
-    if tables:
-        images = replace(images, labels=json_labels(files, names))
-    elif list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
-        images.classes = [printable(outer)] if outer else None
-    elif "" in number or "/" in "".join(number):
+    number = {folder: printable(folder) for folder in set(folders)}
+    if tables == ["dataset.json"]:
+        return {"": Images(path, replace(files, names=names), json_labels(files, names))}
+    if tables and (names or "/" in "".join(tables)):
         raise files.unexpected(LAYOUT)
-    elif are_shards(names):
+    if tables:
+        read = read_idx if IDX.fullmatch(tables[0]) else read_cifar
+        return read_npy(files.path) if "images.npy" in tables else read(files)
+    if list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
+        return {"": Images(path, files, classes=[printable(outer)] if outer else None)}
+    if "" in number or "/" in "".join(number):
+        raise files.unexpected(LAYOUT)
+    if are_shards(names):
         raise files.unexpected(hint(files.path, ["shards"], ""))
-    else:
-        numeric = all(map(str.isdecimal, number))
-        classes = sorted(set(number.values()), key=int if numeric else None)
-        number = {folder: classes.index(name) for folder, name in number.items()}
-        labels = np.array([number[folder] for folder in folders])
-        images = replace(images, labels=labels, classes=classes)
-    return {"": images}
+    numeric = all(map(str.isdecimal, number))
+    classes = sorted(set(number.values()), key=int if numeric else None)
+    number = {folder: classes.index(name) for folder, name in number.items()}
+    return {"": Images(path, files, [number[folder] for folder in folders], classes)}
+
+
+def read_npy(path: str) -> dict[str, Images]:
+    """A folder that `prepare` wrote; its images stay on disk."""
+    with reading(printable(path), "expected images.npy and labels.npy in a folder on disk"):
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in Path(path).glob("*.npy")}
+        names = Path(path, "classes.json")
+        classes = json.loads(names.read_bytes()) if names.exists() else None
+    return {"": read_arrays(path, arrays, classes)}
 
 
 def are_shards(names: list[str]) -> bool:
@@ -909,12 +899,9 @@ KNOWN = {
 def fetch(name: str) -> Path:
     """The folder with the data set `name`; missing files are downloaded and checked."""
     folder = cache_directory() / name
-    with reading(folder, "set XDG_CACHE_HOME to a folder that can be written to"):
-        folder.mkdir(parents=True, exist_ok=True)
-    there = [file for file in os.listdir(folder) if not file.endswith(".tmp")]
+    folder.mkdir(parents=True, exist_ok=True)
     for file, sha256 in KNOWN[name].files.items():
-        stem = file.partition("-idx")[0]  # the user's own file may have another ending
-        if not any(found.startswith(stem) for found in there):
+        if not any(folder.glob(f"{file.partition('-idx')[0]}*")):  # it may have another ending
             receive = functools.partial(download, KNOWN[name].address + file, sha256, folder)
             write_file(folder / file, receive)
     return folder

@@ -515,7 +515,7 @@ def test_an_array_that_may_be_labels_is_not_dropped(name):
     np.savez("a.npz", images=pixels, **{name: y + 0.0})
     assert f"array {name}" in refused(open_images, "a.npz")
     np.savez("a.npz", images=pixels, labels=y, **{name: y + 0.5}, mu=np.zeros(7))  # scores
-    assert first("a.npz").notes == [f"ignored: array {name}", "ignored: array mu"]
+    assert set(first("a.npz").notes) == {f"ignored: array {name}", "ignored: array mu"}
     np.savez("a.npz", pixels, labels=y)
     assert first("a.npz").labels.tolist() == [0, 1, 2, 3]
     os.mkdir("d")
