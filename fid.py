@@ -26,9 +26,11 @@ TorchScript file, and the distance is called FD, never FID. Such a file is a
 program that runs with your rights: take none from strangers.
 
 What changes the numbers:
-- Resize. TensorFlow 1, and so ADM's evaluator and torch-fidelity, has no
-  half-pixel centres; clean-fid antialiases. Compare only numbers made with the
-  same resize.
+- Size. REFERENCE's images are cropped and resized to the size of the samples, as
+  in training; beside a model's samples they also get the model's channels.
+- Resize to 299x299. TensorFlow 1, and so ADM's evaluator and torch-fidelity, has
+  no half-pixel centres; torchmetrics and clean-fid antialias, each with a filter
+  of its own. Compare only numbers made with the same resize.
 - uint8. Samples are rounded to 256 levels first; scoring the floats gives
   another number.
 - JPEG. A reference saved as JPEG carries its artefacts into mu and sigma; use
@@ -42,9 +44,7 @@ What changes the numbers:
 import argparse
 import dataclasses
 import json
-import os
 import sys
-from functools import partial
 
 import numpy as np
 import scipy.linalg
@@ -52,20 +52,30 @@ import torch
 from torch import Tensor
 
 from support import cli
-from support.checkpoints import load, named_model
+from support.checkpoints import (
+    DEFAULT_MODEL,
+    Saved,
+    checkpoint_path,
+    first_checkpoint,
+    is_checkpoint,
+    model_file,
+    read,
+    restore,
+)
 from support.cli import UserError
-from support.distributed import join, leave, pick_device
-from support.fid_features import (
+from support.data import open_images
+from support.distributed import agreeing, join, leave, pick_device, share
+from support.inception import (
+    Inception,
     ScriptFeatures,
     Source,
     Statistics,
+    load_inception,
     measure,
-    open_samples,
-    open_source,
+    read_statistics,
     save_statistics,
 )
-from support.inception import Inception, load_inception
-from support.sampling import check_options
+from support.sampling import check_options, default_labels, in_use, sample_images
 
 # N, M images; D features; C classes; mu (D,) and sigma (D, D) mean and covariance of features.
 
@@ -143,16 +153,72 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return d2.masked_fill_(d2 < 1e-12 * norms, 0.0)
 
 
+# ----------------------------------------------------------------------------- the two sides
+def open_side(path: str, batch_size: int, own, size: int | None = None, channels: int = 3,
+              enlarge: bool = False) -> tuple[Source | None, Statistics | None]:
+    """The images of a data set, and the statistics in its file.
+
+    With `size` the images are cropped to (size, size, channels), and small ones enlarged on demand.
+    own: `open_images` of a model's file.
+    """
+    known = None
+    file = cli.expanded(path)
+    if file.suffix == ".npz" and file.is_file():
+        with cli.reading(path, "expected images, or statistics mu and sigma"):
+            with np.load(file) as arrays:
+                if "mu" in arrays:
+                    known = read_statistics(path, arrays)
+                if known and "images" not in arrays and "arr_0" not in arrays:
+                    return None, known
+    if is_checkpoint(path):
+        raise UserError(f"{path}: is a checkpoint; give --num to draw samples from its model")
+    images, _ = open_images(path, size, channels, enlarge, own)
+    if cli.is_first():
+        print(f"data: {images.summary()}", file=sys.stderr)
+    numbers = np.array(share(len(images)))
+    parts = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
+    batches = ((part, images.array[part]) for part in parts)
+    floats = images.array.dtype != np.uint8
+    return Source(path, len(images), images.array.shape[1:], batches, floats), known
+
+
+def samples_of(model, options, conditions, args) -> Source:
+    """--num samples of a model, all classes in turn: the images of sample.py for this seed."""
+    if cli.is_first():
+        print(f"drawing {args.num} images: {in_use(model, options)}", file=sys.stderr)
+    c = model.config
+    part = share(args.num)
+    labels = default_labels(args.num, c.num_classes, conditions)[part.start:part.stop]
+    batches = sample_images(model, labels, options, args.seed, args.batch_size, part.start)
+    shape = (c.image_size, c.image_size, c.channels)
+    return Source(args.samples, args.num, shape, batches, model.floats)
+
+
+def check_networks(sides: list, network) -> None:
+    """Raises UserError where statistics in a file come from another network than the rest."""
+    found = {network.digest: f"{network.name} (sha256 {network.digest})"} if network else {}
+    for source, known in sides:
+        if source is None:
+            origin = f"sha256 {known.digest}" if known.digest else f"{len(known.mu)} values"
+            found[known.digest or len(known.mu)] = f"{known.name} ({origin})"
+    if len(found) > 1:
+        raise UserError("SAMPLES and REFERENCE have features of different networks, "
+                        f"{' and '.join(found.values())}; compute both with the same one, see "
+                        "--features and --save-stats")
+
+
 # ----------------------------------------------------------------------------- the report
 def score(network, device, samples: Statistics, reference: Statistics | None = None) -> dict:
     """The metrics, None where these two do not give one, and what they were computed from."""
     is_fid = samples.digest == Inception.digest
     distance = precision = recall = mean = std = None
     pool = samples.pool.to(device)
+    resizes = [samples.resize]
     if reference:
         distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
         if len(pool) > 3 and len(reference.pool) > 3:
             precision, recall = precision_recall(pool, reference.pool.to(device))
+        resizes.append(reference.resize)
     if is_fid and len(pool) >= 10:
         mean, std = inception_score(network.logits(pool))
     return {
@@ -166,7 +232,7 @@ def score(network, device, samples: Statistics, reference: Statistics | None = N
         "features": samples.name,
         "features_sha256": samples.digest,
         "dim": len(samples.mu),
-        "resize": Inception.resize if is_fid else "none",
+        "resize": " / ".join(dict.fromkeys(resizes)),
     }
 
 
@@ -182,20 +248,26 @@ def text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def warn_of_bias(sources: list[Source], statistics: list[Statistics]) -> None:
-    """Of too few images, and of two sizes."""
-    for side in statistics:
+def warn_of_bias(sides: list[Statistics]) -> None:
+    """Of too few images, and of grey ones beside colours."""
+    for side in sides:
         if side.num is not None and side.num < len(side.mu):
             cli.warn(f"{side.path}: {side.num} images are fewer than {len(side.mu)} features: the "
                      "covariance is singular and the distance biased upwards")
-    sizes = {f"{source.shape[1]}x{source.shape[0]}" for source in sources if source.num}
-    if len(sizes) > 1:
-        cli.warn(f"the images are {' and '.join(sorted(sizes))}: the distance includes that")
+    if {side.grey for side in sides} == {True, False}:
+        grey, _ = sorted(sides, key=lambda side: not side.grey)
+        cli.warn(f"the images of {grey.path} are grey, the others are not: the distance includes "
+                 "that; to compare with grey ones, make them with `python support/data.py prepare "
+                 "... --channels 1`")
 
 
 # ----------------------------------------------------------------------------- the command line
-def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
-    """sampling: the dataclass of the model's sampling settings."""
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Saved | None]:
+    """The command line, and the first checkpoint on it, whose model has some of the flags."""
+    saved = first_checkpoint(sys.argv[1:] if argv is None else argv)
+    defaults = model_file(DEFAULT_MODEL).Sampling()
+    if saved is not None:
+        defaults = saved.module.Sampling(**saved.config["sampling"])
     parser = cli.Parser(prog="fid.py", description=__doc__,
                         usage="python fid.py SAMPLES [REFERENCE] [options]")
     parser.add_argument("samples", metavar="SAMPLES",
@@ -207,8 +279,15 @@ def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
     parser.add_argument("--save-stats", metavar="FILE",
                         help="also write the statistics of SAMPLES to this .npz, which can be "
                         "SAMPLES or REFERENCE later")
+    parser.add_argument("--enlarge", action="store_true",
+                        help="enlarge images of REFERENCE that are smaller than the samples "
+                        "instead of refusing them")
     parser.add_argument("--json", action="store_true",
                         help="print one JSON object instead of a line per number")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto = a GPU where there is one (default: auto)")
+    parser.add_argument("--batch-size", type=cli.at_least(int, 1), default=50, metavar="N",
+                        help="images at a time; changes results by rounding at most (default: 50)")
 
     group = parser.add_argument_group("features (default: those of pytorch-fid)")
     network = group.add_mutually_exclusive_group()
@@ -219,87 +298,67 @@ def parse(argv: list[str] | None, sampling: type) -> argparse.Namespace:
                          "in [-1, 1] to (N, D); with an attribute channels = 1 it is given "
                          "luminance (N, 1, H, W)")
 
-    how = parser.add_argument_group("how it runs (changes results by rounding at most)")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                     help="auto = a GPU where there is one (default: auto)")
-    how.add_argument("--batch-size", type=cli.at_least(int, 1), default=50, metavar="N",
-                     help="images at a time (default: 50)")
-    how.add_argument("--workers", type=cli.at_least(int, 0), default=min(8, os.cpu_count() // 2),
-                     metavar="N", help="processes that decode images, per device; 0 = none beside "
-                     "this one (default: half the CPU cores, at most 8; here %(default)s)")
-
     group = parser.add_argument_group("samples of a model")
     group.add_argument("-n", "--num", type=cli.at_least(int, 2), metavar="N",
                        help="draw N samples, all classes in turn, from the model SAMPLES "
                        "(default: SAMPLES are images)")
     group.add_argument("--seed", type=cli.at_least(int, 0), default=0, metavar="N",
                        help="random seed; sample i depends on it and on i alone (default: 0)")
-    group = parser.add_argument_group("sampling with --num (a checkpoint may hold other defaults)")
-    cli.add_fields(group, sampling)
+    parser.add_settings("sampling with --num (defaults of the checkpoint)", defaults)
     args = parser.parse_intermixed_args(argv)  # REFERENCE may follow a flag
-    settings = cli.given(args, sampling)
-    if settings and args.num is None:
-        flag = cli.flag_of(next(iter(settings)))
-        raise UserError(f"{flag} is a sampling setting; give it together with --num")
+    args.settings = cli.given(args, defaults)
+    if args.num is None and args.settings:
+        raise UserError(f"{', '.join(args.settings)}: sampling settings; give them together with "
+                        "--num")
+    if args.num and (saved is None or saved.file != checkpoint_path(args.samples)):
+        saved = read(args.samples)
     if args.save_stats:
         args.save_stats = cli.check_writable("--save-stats", args.save_stats)
     elif args.reference is None:
         raise UserError("REFERENCE is missing; it is optional only with --save-stats")
-    return args
-
-
-def check_networks(sources: list[Source], network) -> None:
-    """Raises UserError where statistics in a file come from another network than the rest."""
-    found = {network.digest: network.name} if network else {}
-    for source in sources:
-        if not source.num:
-            found[source.statistics.digest] = source.statistics.name
-    if len(found) > 1:
-        names = " and ".join(f"{name} (sha256 {digest})" for digest, name in found.items())
-        raise UserError(f"SAMPLES and REFERENCE have features of different networks, {names}; "
-                        "compute both with the same one, see --features and --save-stats")
+    return args, saved
 
 
 def main(argv: list[str] | None = None) -> None:
-    _, module = named_model(argv)
-    args = parse(argv, module.Sampling)
+    args, saved = parse(argv)
+    own = getattr(saved.module, "open_images", None) if saved else None
     device = pick_device(args.device)
     rank, _ = join(device)
 
     # Open and check everything before the first image: 50,000 of them take long.
-    opened = partial(open_source, batch_size=args.batch_size, workers=args.workers,
-                     own=getattr(module, "open_images", None))
-    options = None
-    if args.num:
-        model, extra = load(args.samples, device)
-        options = dataclasses.replace(model.config.sampling, **cli.given(args, module.Sampling))
-        check_options(options, extra)
-        samples = open_samples(args.samples, model, options, args.num, args.seed, args.batch_size)
-    else:
-        shape = None
-        if args.reference and args.samples.startswith("digits"):  # drawn at the reference's size
-            shape = opened(args.reference).shape
-        samples = opened(args.samples, shape)
-    sources = [samples]
-    if args.reference:
-        sources.append(opened(args.reference, samples.shape))
-    network = None
-    if args.features:
-        network = ScriptFeatures(args.features, device)
-    elif any(source.num for source in sources):
-        network = load_inception(args.weights).to(device)
-    check_networks(sources, network)
-    if rank == 0:
-        for source in sources:
-            print(source.summary, file=sys.stderr)
+    options = network = size = None
+    channels, enlarge = 3, args.enlarge
+    facts = {}
+    with agreeing(facts):
+        if args.num:
+            model = restore(saved, device)
+            options = dataclasses.replace(model.config.sampling, **args.settings)
+            check_options(options, saved.extra)
+            samples, known = samples_of(model, options, saved.extra.get("conditions"), args), None
+            channels = model.config.channels
+            enlarge = enlarge or saved.extra.get("training", {}).get("enlarge", False)
+        else:
+            samples, known = open_side(args.samples, args.batch_size, own)
+        sides = [(samples, known)]
+        if samples and samples.shape[0] == samples.shape[1]:
+            size = samples.shape[0]
+        if args.reference:
+            sides.append(open_side(args.reference, args.batch_size, own, size, channels, enlarge))
+        if args.features:
+            network = ScriptFeatures(args.features, device)
+        elif any(source for source, _ in sides):
+            network = load_inception(args.weights).to(device)
+        check_networks(sides, network)
+        facts["images"] = [source and source.num for source, _ in sides]
 
-    statistics = [measure(source, network, device) for source in sources]
+    statistics = [measure(source, known, network, device) if source else known
+                  for source, known in sides]
     leave()
     if rank > 0:
         return
     if args.save_stats:
         save_statistics(args.save_stats, statistics[0])
-    warn_of_bias(sources, statistics)
+    warn_of_bias(statistics)
     report = score(network, device, *statistics)
     if options:
         report["sampling"] = dataclasses.asdict(options)

@@ -26,7 +26,7 @@ from support.cli import Parser, run_script
 
 SMALL = dict(
     image_size=8, patch_size=2, num_classes=3, flow_blocks=3, flow_layers=1, flow_width=32,
-    ar_layers=1, ar_width=32, head_dim=16, informative_dim=5, class_tokens=2)
+    ar_layers=1, ar_width=32, head_dim=16, informative_dim=3, class_tokens=2)
 
 
 # ----------------------------------------------------------------------------- what is checked
@@ -84,6 +84,7 @@ def scores(model):
     return model(x, y, generators(0, 1, 2))["loss"]
 
 
+# A check returns whether the model is right, what was seen and, if that can help, what to do.
 # ----------------------------------------------------------------------------- any model
 def check_saving(model):
     """A checkpoint holds all that the model computes with."""
@@ -95,8 +96,8 @@ def check_saving(model):
     before, after = scores(model), scores(loaded)
     error = largest(before, after)
     return error <= 1e-5 * before.abs().max(), (
-        f"after saving and loading, scores differ by {error:.2g}; a tensor that is not computed "
-        "from the Config has to be a parameter or a buffer")
+        f"saving and loading changes what the model computes by {error:.2g}"), (
+        "make every tensor that does not follow from the Config a parameter or a buffer")
 
 
 def check_gradients(model):
@@ -104,7 +105,7 @@ def check_gradients(model):
     model.zero_grad()
     model(images_of(model), labels_of(model), generators(0, 1, 2))["loss"].mean().backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    return not without, f"{len(without)} parameters get no gradient: {', '.join(without[:3])}"
+    return not without, f"{len(without)} parameters get no gradient", ", ".join(without[:3])
 
 
 def check_samples(model):
@@ -113,7 +114,8 @@ def check_samples(model):
     together = model.sample(y, None, generators(0, 1, 2))
     error = largest(together[1:2], model.sample(y[1:2], None, generators(1)))
     return error < 1e-3 * together.abs().max(), (
-        f"an image drawn alone and in a batch differs by {error:.2g}")
+        f"an image drawn alone and in a batch differs by {error:.2g}"), (
+        "take random numbers only from the generator of each image")
 
 
 def check_labels(model):
@@ -121,14 +123,14 @@ def check_labels(model):
     x, y = images_of(model), labels_of(model)
     if y.is_floating_point():
         error = largest(model.log_prob(x, y).total, model.log_prob(x, y * 0.9).total)
-        return error > 0, "conditions that differ by a tenth give the same log p"
+        return error > 0, f"a tenth less of a condition changes log p by {error:.2g} nats"
     if model.config.num_classes == 0 or not hasattr(model, "log_prob"):
-        return True, "not asked for labels"
+        return True, "there are none, or no log_prob to pass them to"
     try:
         model.log_prob(x, y + 0.5)
     except (ValueError, TypeError, RuntimeError, IndexError):
         return True, "a label of 0.5 is refused"
-    return False, "a label of 0.5 is taken for a class; raise a ValueError"
+    return False, "a label of 0.5 is taken for a class", "raise a ValueError"
 
 
 # ----------------------------------------------------------------------------- variants of FARMER
@@ -137,8 +139,9 @@ def check_order(model):
     X = model.patches(images_of(model))
     ordered = [block for block in model.flow.blocks if callable(getattr(block, "order", None))]
     wrong = sum(not torch.equal(block.unorder(block.order(X)), X) for block in ordered)
-    return not wrong, (f"{wrong} of {len(ordered)} blocks return tokens to other places than they "
-                       "had; override unorder beside order")
+    return not wrong, (
+        f"{wrong} of {len(ordered)} blocks return tokens to other places than they had"), (
+        "override unorder beside order")
 
 
 def check_patches(model):
@@ -214,9 +217,9 @@ def check_layers(model):
     matrices = [p for part in (*transformers, model.prior.transformer) for p in part.parameters()
                 if p.dim() == 2]
     missed = sum(p not in inside for p in matrices)
-    return not missed, (f"layers() lists {len(model.layers())} layers, without {missed} of the "
-                        f"{len(matrices)} matrices in the Transformers; keep these in a ModuleList "
-                        "called layers")
+    return not missed, (
+        f"layers() lists {len(model.layers())} layers; {missed} of the {len(matrices)} matrices in "
+        "the Transformers are in none"), "keep a Transformer's layers in a ModuleList `layers`"
 
 
 def check_student(model):
@@ -230,8 +233,8 @@ def check_student(model):
     loss.mean().backward()
     without = [n for n, p in distiller.named_parameters() if p.grad is None]
     other = y.flip(0)
-    Z = model.states(x, y)[-1]
-    reads = largest(Z, model.states(x, other)[-1]) > 1e-6
+    Z = model.teach(x, y)[0][-1]
+    reads = largest(Z, model.teach(x, other)[0][-1]) > 1e-6
     asked, ignored = [], []
     for label in (model.check_labels(y, 3), model.check_labels(other, 3)):
         asked.append(model.flow.inverse(Z, "student", model.student, label))
@@ -253,17 +256,17 @@ FARMERS = dict(
 
 
 def checked(name):
-    """Yields (what, whether it is right, a sentence) for the model in the file `name`."""
+    """Yields (what was checked, whether it is right, a sentence) for the model called `name`."""
     checks = dict(ANY)
     if isinstance(small_model(name), Farmer):
         checks |= FARMERS
     for what, check in checks.items():
         model = small_model(name)  # each check may change its own
         try:
-            right, text = check(model)
+            right, *text = check(model)
         except Exception:
-            right, text = False, traceback.format_exc()
-        yield what, bool(right), text
+            right, text = False, [traceback.format_exc()]
+        yield what, bool(right), text[0] if right else "; ".join(text)
 
 
 def main(argv=None):

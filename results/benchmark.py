@@ -4,7 +4,7 @@
     python results/benchmark.py train --preset cifar10 --precision bfloat16
     python results/benchmark.py sizes --model baselines.jetformer
     python results/benchmark.py gpu | tee table.md          # 8 minutes of a GPU
-    python results/benchmark.py gpu --device cpu --tiny     # all of it, on a CPU
+    python results/benchmark.py gpu --device cpu --preset tiny     # all of it, on a CPU
 
 --model, --preset and the model's own flags are those of train.py; the weights
 are random, which changes no time. Times are medians over rounds in each of which
@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import contextlib
 import dataclasses
 import statistics
@@ -25,7 +24,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -33,24 +31,38 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.batches import dequantize, image_generators
-from support.checkpoints import build, first_preset, model_file, named_model, named_preset
-from support.cli import Parser, UserError, add_fields, at_least, given, run_script
+from support.checkpoints import DEFAULT_MODEL, build, first_preset, model_file
+from support.cli import Parser, UserError, at_least, given, run_script
+from support.data import dequantize, image_generators
 from support.distributed import pick_device, pick_precision, training_precision
-from support.sampling import default_labels
-from support.training import optimizers, prepare_layers
+from support.sampling import default_labels, prepare_layers
 
 MINUTES = 8  # of a GPU
 
 
 # ----------------------------------------------------------------------------- models
-def new_models(args, name: str, module: ModuleType) -> dict[str, nn.Module]:
-    """The model that the command line describes, and the one of --against, by their names."""
-    config = dataclasses.replace(module.PRESETS[args.preset], **given(args, module.Config))
-    models = {f"{name}:{args.preset}": new_model(args, name, config)}
+def preset_of(name: str, preset: str | None):
+    """A preset of a model, or its first: its name and its config."""
+    module = model_file(name)
+    preset = preset or first_preset(module)
+    if preset not in module.PRESETS:
+        raise UserError(f"{name} has no preset {preset!r}; expected one of "
+                        f"{', '.join(module.PRESETS)}")
+    return preset, module.PRESETS[preset]
+
+
+def new_models(args, config) -> dict[str, nn.Module]:
+    """The model that the command line describes, and the one of --against, by their names.
+
+    In the other one's preset, all numbers that `config` has too are as there.
+    """
+    models = {f"{args.model}:{args.preset}": new_model(args, args.model, config)}
     if args.against:
         name, _, preset = args.against.partition(":")
-        models[args.against] = new_model(args, name, equal_config(name, preset, config))
+        _, other = preset_of(name, preset)
+        shared = {field: getattr(config, field) for field, value in vars(other).items()
+                  if type(value) is int and hasattr(config, field)}
+        models[args.against] = new_model(args, name, dataclasses.replace(other, **shared))
     return models
 
 
@@ -65,18 +77,6 @@ def new_model(args, name: str, config) -> nn.Module:
                 model.distiller()
     prepare_layers(model.train(not sampling), args.compile, not sampling and args.checkpointing)
     return model
-
-
-def equal_config(name: str, preset: str, config):
-    """A model's preset, or its first, but all numbers that `config` has too are as there."""
-    module = model_file(name)
-    preset = preset or first_preset(module)
-    if preset not in module.PRESETS:
-        raise UserError(f"--against: {name} has no preset {preset!r}; expected one of "
-                        f"{', '.join(module.PRESETS)}")
-    numbers = [field.name for field in dataclasses.fields(module.Config) if field.type is int]
-    shared = {field: getattr(config, field) for field in numbers if hasattr(config, field)}
-    return dataclasses.replace(module.PRESETS[preset], **shared)
 
 
 def counted(name: str, config) -> tuple[nn.Module, float]:
@@ -149,12 +149,13 @@ def train(args, models: dict[str, nn.Module]) -> Iterator[dict]:
     """Rows of the table: the first step, in which layers are compiled, and the speed after it."""
     precision = pick_precision(args.precision, args.device)
     cuda = args.device.type == "cuda"
+    batch_size = args.batch_sizes[0]
     work = {}
     rows = {}
     for label, model in models.items():
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        work[label] = training_step(args, model, precision)
+        work[label] = training_step(model, batch_size, precision, args.device)
         rows[label] = {"model": label, "precision": precision,
                        "first step, s": timed(work[label], args.device)}
         work[label]()  # now with the optimizer's state
@@ -162,69 +163,67 @@ def train(args, models: dict[str, nn.Module]) -> Iterator[dict]:
             rows[label]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     seconds = medians(work, args.rounds, args.device)
     for label, row in rows.items():
-        row["images/s"] = args.batch_size / seconds[label]
+        row["images/s"] = batch_size / seconds[label]
         _, forward = counted(models[label].model_name, models[label].config)
         row["TFLOP/s"] = 3 * forward * row["images/s"] / 1e12  # a backward costs two
         yield row
 
 
-def training_step(args, model: nn.Module, precision: str) -> Callable[[], None]:
-    """A step of train.py without the reading of data: noise, forward, backward, clip, update."""
+def training_step(model: nn.Module, batch_size: int, precision: str,
+                  device: torch.device) -> Callable[[], None]:
+    """A step of train.py with AdamW and without reading data: noise, forward, backward, update."""
     c = model.config
-    device = args.device
-    size = (args.batch_size, c.channels, c.image_size, c.image_size)
+    size = (batch_size, c.channels, c.image_size, c.image_size)
     images = torch.randint(256, size, dtype=torch.uint8, device=device)
-    labels = default_labels(args.batch_size, c.num_classes).to(device)
+    labels = default_labels(batch_size, c.num_classes).to(device)
     params = list(model.parameters())
-    opts = optimizers(model, args.optimizer, lr=1e-5, weight_decay=0.03)
+    optimizer = torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), fused=True)
 
     def step() -> None:
-        generators = image_generators(0, range(args.batch_size), device)
+        generators = image_generators(0, range(batch_size), device)
         x = dequantize(images, "gaussian", 0.1, generators)
         with training_precision(device, precision):
             model(x, labels, generators)["loss"].mean().backward()
         float(nn.utils.clip_grad_norm_(params, 1.0))
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
 # ----------------------------------------------------------------------------- sizes, gpu
-def sizes(name: str, module: ModuleType) -> Iterator[dict]:
+def sizes(name: str, configs: dict) -> Iterator[dict]:
     """Rows of the table: the parameters of each part of a preset, and its arithmetic."""
-    for preset, config in module.PRESETS.items():
+    for preset, config in configs.items():
         model, flops = counted(name, config)
-        parts = {"all": model, **dict(model.named_children())}
         row = {"preset": preset}
-        for part, child in parts.items():
+        for part, child in [("all", model), *model.named_children()]:
             row[f"{part}, M"] = sum(p.numel() for p in child.parameters()) / 1e6
         yield row | {"GFLOP/image, forward": flops / 1e9}
 
 
-def gpu(args, name: str) -> Iterator[dict]:
+def gpu(shared: list[str]) -> Iterator[dict]:
     """Rows of the table: what was run and how it ended. The parts print tables of their own.
 
     The part that is worth most comes first. Each is a process, so that whatever happens to it, the
-    GPU's own errors among them, costs no other part.
+    GPU's own errors among them, costs no other part. `shared` are flags for all of them.
     """
-    compiled = " --compile" if args.device.type == "cuda" else ""  # a CPU takes a minute for it
+    compiled = "" if "cpu" in shared else " --compile"  # a CPU takes a minute for it
     parts = (
-        f"train --batch-size 32{compiled}",
+        f"train --batch-sizes 32{compiled}",
         "sample --batch-sizes 64,1",
-        "train --batch-size 32",
-        f"train --batch-size 128 --checkpointing{compiled}",
+        "train --batch-sizes 32",
+        f"train --batch-sizes 128 --checkpointing{compiled}",
         "sample --batch-sizes 16",
         f"sample --batch-sizes 64,1{compiled}",
     )
     end = time.monotonic() + 60 * MINUTES
     for part in parts:
-        part = f"{part} --model {name} --preset {args.preset} --device {args.device.type}"
-        print(f"\n`results/benchmark.py {part}`\n", flush=True)
+        command = [*part.split(), *shared, "--rounds", "3"]
+        print(f"\n`results/benchmark.py {' '.join(command)}`\n", flush=True)
         start = time.monotonic()
         try:
-            command = [sys.executable, __file__, *part.split(), "--rounds", "3"]
+            command = [sys.executable, __file__, *command]
             result = subprocess.run(command, timeout=end - start).returncode
         except subprocess.TimeoutExpired:
             result = "the time was over"
@@ -237,70 +236,50 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def parse(argv: list[str] | None, name: str, module: ModuleType) -> argparse.Namespace:
-    """The command line, with the flags of this model; its device is a torch.device."""
-    first = first_preset(module)
-    shown = named_preset(argv, module)  # --help shows its values as defaults
-    parser = Parser(prog="benchmark.py", description=__doc__,
-                    usage="python results/benchmark.py COMMAND [options]")
-    commands = parser.add_subparsers(
-        title="commands (COMMAND --help explains more)", dest="command", metavar="COMMAND",
-        required=True, prog="benchmark.py")
-    parsers = []
-    for command, text in (
-        ("sample", "Times sampling, as a whole and part by part, in ms per image."),
-        ("train", "Times a training step and, on a GPU, measures its memory."),
-        ("sizes", "Counts the parameters and FLOPs of every preset."),
-        ("gpu", f"Runs `train` and `sample` in several ways, within {MINUTES} minutes."),
-    ):
-        p = commands.add_parser(command, help=text, description=text,
-                                usage=f"python results/benchmark.py {command} [options]")
-        p.add_argument("--model", default=name, metavar="NAME",
+def parse(argv: list[str] | None):
+    """The command line, with the flags of the model that it names, and the config of its preset."""
+    first = Parser(add_help=False)
+    first.add_argument("command", choices=("sample", "train", "sizes", "gpu"), metavar="COMMAND",
+                       nargs="?", help="sample: time sampling, as a whole and part by part; train: "
+                       "time a training step and, on a GPU, measure its memory; sizes: count "
+                       "parameters and FLOPs of every preset; gpu: train and sample in several "
+                       f"ways, within {MINUTES} minutes")
+    first.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME",
                        help="the model's file (default: farmer)")
-        parsers.append(p)
-    of_sample, of_train, of_sizes, of_gpu = parsers
-    preset = dict(choices=module.PRESETS, metavar="NAME", help="settings of the model: "
-                  f"{', '.join(module.PRESETS)} (default: %(default)s)")
-    device = dict(choices=("auto", "cpu", "cuda"), help="auto = a GPU where there is one "
-                  "(default: %(default)s)")
-
-    for p in (of_sample, of_train):
-        p.add_argument("--preset", default=first, **preset)
-        p.add_argument("--against", metavar="MODEL[:PRESET]",
-                       help="time this model too, given the same sizes as far as it has them")
-    of_sample.add_argument("--batch-sizes", type=integers, default=[1, 16, 64], metavar="N1,N2",
-                           help="images drawn at a time (default: 1,16,64)")
-    group = of_train.add_argument_group("training step")
-    group.add_argument("--batch-size", type=at_least(int, 1), default=32, metavar="N",
-                       help="images per step (default: 32)")
-    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
-                       help="muon: for the layers' matrices, with adamw for the rest (default: "
-                       "adamw)")
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="of matrix products; auto = bfloat16 where this machine is fast in it "
-                       "(default: auto)")
-    group.add_argument("--checkpointing", action="store_true", help="recompute activations "
-                       "instead of keeping them: less memory, slower")
-    for p in (of_sample, of_train):
-        how = p.add_argument_group("how it runs")
-        how.add_argument("--device", default="auto", **device)
-        how.add_argument("--compile", action="store_true",
-                         help="compile the layers, which takes a minute (default: do not)")
-        how.add_argument("--rounds", type=at_least(int, 1), default=5, metavar="N",
-                         help="time everything N times and show the medians (default: 5)")
-        group = p.add_argument_group(f"model (defaults of the preset {shown})")
-        add_fields(group, module.Config, module.PRESETS[shown])
-    group = of_sample.add_argument_group(f"sampling (defaults of the preset {shown})")
-    add_fields(group, module.Sampling, module.PRESETS[shown].sampling)
-
-    of_sizes.set_defaults(device="cpu")  # where nothing is computed
-    of_gpu.add_argument("--preset", default="farmer-1.1b-p16", **preset)
-    of_gpu.add_argument("--tiny", action="store_const", dest="preset", const=first,
-                        help=f"the same as --preset {first}, for trying everything on a CPU")
-    of_gpu.add_argument("--device", default="cuda", **device)
+    first.add_argument("--preset", metavar="NAME", help="settings of the model (default: its first "
+                       "preset; for gpu farmer-1.1b-p16)")
+    known, _ = first.parse_known_args(argv)
+    preset, config = preset_of(known.model, known.preset)
+    parser = Parser(prog="benchmark.py", description=__doc__, parents=[first],
+                    usage="python results/benchmark.py COMMAND [options]",
+                    epilog="COMMAND --help shows the flags of sampling or of a training step too")
+    parser.add_argument("--against", metavar="MODEL[:PRESET]",
+                        help="time this model too, given the same sizes as far as it has them")
+    parser.add_argument("--batch-sizes", type=integers, metavar="N1,N2",
+                        help="images at a time (default: 32 for train, 1,16,64 for sample)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto = a GPU where there is one (default: auto)")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the layers, which takes a minute (default: do not)")
+    parser.add_argument("--rounds", type=at_least(int, 1), default=5, metavar="N",
+                        help="time everything N times and show the medians (default: 5)")
+    parser.add_settings(f"model (defaults of the preset {preset})", config)
+    if known.command == "sample":
+        parser.add_settings(f"sampling (defaults of the preset {preset})", config.sampling)
+    elif known.command == "train":
+        group = parser.add_argument_group("training step")
+        group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                           help="of matrix products; auto = bfloat16 where this machine is fast in "
+                           "it (default: auto)")
+        group.add_argument("--checkpointing", action="store_true", help="recompute activations "
+                           "instead of keeping them: less memory, slower")
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.error("COMMAND is missing; expected sample, train, sizes or gpu")
     args.device = pick_device(args.device)
-    return args
+    args.preset = preset
+    args.batch_sizes = args.batch_sizes or ([32] if args.command == "train" else [1, 16, 64])
+    return args, config
 
 
 def print_table(rows: list[dict]) -> None:
@@ -315,21 +294,24 @@ def print_table(rows: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table that the command line asks for."""
-    name, module = named_model(argv)
-    args = parse(argv, name, module)
+    argv = sys.argv[1:] if argv is None else argv
+    args, config = parse(argv)
+    settings = given(args, type(config))
     if args.command == "sizes":
-        rows = sizes(name, module)
+        presets = model_file(args.model).PRESETS.items()
+        rows = sizes(args.model, {name: dataclasses.replace(c, **settings) for name, c in presets})
     elif args.command == "gpu":
-        rows = gpu(args, name)
+        shared = [word for word in argv if word != "gpu"]
+        rows = gpu(shared if "--preset" in shared else [*shared, "--preset", "farmer-1.1b-p16"])
     else:
         cuda = args.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
         print(f"{where}, torch {torch.__version__}")
-        models = new_models(args, name, module)
+        models = new_models(args, dataclasses.replace(config, **settings))
         if args.command == "train":
             rows = train(args, models)
         else:
-            rows = sample(args, models, given(args, module.Sampling))
+            rows = sample(args, models, given(args, type(config.sampling)))
     print_table(list(rows))
 
 

@@ -20,15 +20,7 @@ import json
 import re
 import statistics
 
-from support.cli import (
-    Parser,
-    UserError,
-    check_writable,
-    expanded,
-    reading,
-    run_script,
-    write_file,
-)
+from support.cli import Parser, UserError, expanded, reading, run_script, write_file
 
 GREY = "#808080"  # of text and axes, on a transparent ground
 FD = "FD in the classifier's features"
@@ -40,25 +32,26 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def training_log(run: str) -> list[dict]:
-    """The reports in the log.jsonl of a run, given as its folder or as that file."""
+def curve(run: str, field: str) -> list[tuple]:
+    """Minutes of training and a field of the log of a run, given as its folder or as that file."""
     file = expanded(run)
     if file.is_dir():
         file = file / "log.jsonl"
-    with reading(run, "expected the folder of a run, or its log.jsonl"):
-        reports = [line for line in read_lines(file) if "minutes" in line]
-    if not reports:
-        raise UserError(f"{run}: its log has no report of training; expected lines with minutes")
-    return reports
+    with reading(run, f"expected a run's folder or its log.jsonl, with values of {field}"):
+        points = [(line["minutes"], line[field]) for line in read_lines(file)
+                  if {"minutes", field} <= line.keys()]
+        if not points:
+            raise ValueError("it has none")
+        return points
 
 
-def means(results: list[dict], name: str, field: str, each: str) -> dict[str, list[tuple]]:
+def means(table: str, name: str, field: str, each: str) -> dict[str, list[tuple]]:
     """Means over seeds of a field, over the number after "name = " in a result's row or sampling.
 
     There is a curve, a list of points, for each value of the result's field `each`.
     """
     values = {}
-    for result in results:
+    for result in read_lines(REPOSITORY / "results" / f"{table}.jsonl"):
         found = re.search(rf"{name} = ([0-9.]+)", f"{result['row']}, {result['sampling']}")
         if found:
             values.setdefault((result[each], float(found[1])), []).append(result[field])
@@ -69,7 +62,7 @@ def means(results: list[dict], name: str, field: str, each: str) -> dict[str, li
 
 
 # ----------------------------------------------------------------------------- drawing
-def draw(panels: list[tuple[str, str, dict]], out: Path) -> None:
+def draw(panels: list[tuple[str, str, dict]], out: str) -> None:
     """A panel for each (name of x, name of y, curves), side by side."""
     try:
         from matplotlib import rcParams
@@ -101,32 +94,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="for curve: folders of runs, or their log.jsonl under any name; a "
                         "line of the plot each")
+    parser.add_argument("--field", default="loss", metavar="NAME",
+                        help="for curve: what to draw, such as bits_per_dim (default: loss)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the picture to write (.png)")
     args = parser.parse_args(argv)
     if (args.figure == "curve") != bool(args.runs):
         parser.error("curve needs folders of runs, and the other figures take none")
-    out = check_writable("--out", args.out)
     if args.figure == "curve":
-        logs = {Path(run).stem: training_log(run) for run in args.runs}
-        kinds = {"bits_per_dim" in report for log in logs.values() for report in log}
-        if len(kinds) > 1:
-            raise UserError("curve: some runs have bits/dim and others do not; plot them apart")
-        bits = kinds == {True}
-        field = "bits_per_dim" if bits else "loss"
-        curves = {}
-        for name, log in logs.items():
-            curves[name] = [(report["minutes"], report[field]) for report in log]
-        draw([("minutes of training", "bits/dim" if bits else "loss", curves)], out)
-        return
-    results = read_lines(REPOSITORY / "results" / f"{args.figure}.jsonl")
-    panels = []
-    if args.figure == "guidance":
-        for field, y in (("fd", FD), ("precision", "precision"), ("recall", "recall")):
-            panels.append(("guidance weight w", y, means(results, "w", field, "row")))
+        curves = {Path(run).stem: curve(run, args.field) for run in args.runs}
+        panels = [("minutes of training", args.field.replace("_per_", "/"), curves)]
+    elif args.figure == "guidance":
+        panels = [("guidance weight w", name, means("guidance", "w", field, "row"))
+                  for field, name in (("fd", FD), ("precision", "precision"), ("recall", "recall"))]
     else:
-        for x in ("K_I", "d_I"):
-            panels.append((x, FD, means(results, x, "fd", "sampling")))
-    draw(panels, out)
+        panels = [(x, FD, means("fig6", x, "fd", "sampling")) for x in ("K_I", "d_I")]
+    draw(panels, args.out)
 
 
 if __name__ == "__main__":

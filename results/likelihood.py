@@ -7,7 +7,8 @@
 `posterior` names the class that makes an image likeliest, argmax_c p(x|c). `ood`
 (out of distribution) asks whether log p(x) tells foreign images from the model's
 own. `bound` makes the density of noised images comparable with models of 8-bit
-images.
+images. Without DATA, the images are those that the run held out, or the test
+split of its data.
 
 Images get the noise that the model's training ended with. Any model with a
 likelihood will do: baselines.tarflow and baselines.jetformer too. The result is
@@ -19,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import json
 import math
 
@@ -28,9 +28,9 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 
-from support.batches import Split, dequantize, image_generators, open_split
-from support.checkpoints import load_run, own_data
+from support.checkpoints import load, own_data
 from support.cli import Parser, Progress, UserError, at_least, run_script
+from support.data import Split, dequantize, image_generators, open_split
 from support.distributed import pick_device
 
 BATCH = 100
@@ -44,9 +44,9 @@ def noised_images(split: Split, training: dict, args) -> tuple[Tensor, Tensor]:
     model's training ended with, and depends on --seed and the place of an image alone.
     """
     print(f"data: {split.summary}", file=sys.stderr)
-    dataset = split.held_out or split.train
-    n = min(args.num, len(dataset))
-    images, labels = dataset.batch(np.linspace(0, len(dataset) - 1, n).astype(np.int64))
+    found = split.held_out or split.train
+    n = min(args.num, len(found))
+    images, labels = found.batch(np.linspace(0, len(found) - 1, n).astype(np.int64))
     noise = "uniform" if training["noise"] == "rgb" else training["noise"]  # as rgb ends
     generators = image_generators(args.seed, range(n), args.device)
     x = dequantize(images.to(args.device), noise, training["noise_end"], generators)
@@ -87,28 +87,22 @@ def posterior(model: nn.Module, x: Tensor, labels: Tensor) -> dict:
 
 
 # ----------------------------------------------------------------------------- ood
-def auroc(low: Tensor, high: Tensor) -> float:
-    """The chance that a value of `high` exceeds one of `low`, ties counting half.
-
-    At 0.5 the two cannot be told apart.
-    """
-    pairs = mannwhitneyu(high.cpu(), low.cpu()).statistic
-    return float(pairs) / (len(low) * len(high))
-
-
 def ood(model: nn.Module, inside: Tensor, outside: Tensor) -> dict:
     """log p(x) and its parts, without a label, of two sets of images: nats/dim, and the AUROC.
 
-    At an AUROC of 1 every image of the first set has the higher value. Below 0.5 the foreign set
-    is *more* likely, for which flows are known: smooth, simple images have high densities.
+    The AUROC is the chance that an image of the first set has a higher value than one of the
+    second, ties counting half. At 1 they are told apart, at 0.5 they are not. Below that the
+    foreign set is *more* likely, for which flows are known: smooth, simple images have high
+    densities.
     """
     D = inside[0].numel()
     a = log_probs(model, inside, None)
     b = log_probs(model, outside, None)
     result = {}
     for name in a:
-        means = dict(inside=a[name].mean().item() / D, outside=b[name].mean().item() / D)
-        result[name] = dict(means, auroc=auroc(b[name], a[name]))
+        pairs = mannwhitneyu(a[name].cpu(), b[name].cpu()).statistic
+        result[name] = dict(inside=a[name].mean().item() / D, outside=b[name].mean().item() / D,
+                            auroc=float(pairs) / (len(inside) * len(outside)))
     return result
 
 
@@ -156,62 +150,43 @@ def bound(model: nn.Module, y: Tensor, labels: Tensor | None, training: dict) ->
 
 
 # ----------------------------------------------------------------------------- command line
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; INSIDE and OUTSIDE are there for ood, DATA or None for the others."""
-    parser = Parser(prog="likelihood.py", description=__doc__,
-                    usage="python results/likelihood.py ACTION ...")
-    actions = parser.add_subparsers(
-        title="actions (ACTION --help explains more)", dest="action", metavar="ACTION",
-        required=True, prog="likelihood.py")
-    for name, data, text in (
-        ("posterior", "[DATA]", "Classifies images by Bayes' rule and prints the accuracy."),
-        ("ood", "INSIDE OUTSIDE", "Prints how well log p(x) tells two sets of images apart."),
-        ("bound", "[DATA]", "Prints an upper bound on bits/dim for a model of noised images."),
-    ):
-        action = actions.add_parser(
-            name, help=text, description=text,
-            usage=f"python results/likelihood.py {name} DIR_OR_CKPT {data} [options]")
-        action.add_argument("run", metavar="DIR_OR_CKPT",
-                            help="a trained model: a run's folder or a .pt file")
-        if name == "ood":
-            action.add_argument("inside", metavar="INSIDE", help="images like those that the model "
-                                "was trained on: what train.py takes as --data")
-            action.add_argument("outside", metavar="OUTSIDE", help="images of another "
-                                "kind, given in the same way")
-        else:
-            action.add_argument("data", metavar="DATA", nargs="?", help="what train.py takes as "
-                                "--data (default: the images that the run held out, or the test "
-                                "split of its data)")
-        group = action.add_argument_group("images")
-        group.add_argument("--num", type=at_least(int, 2), default=1000, metavar="N",
-                           help="use N images, spread evenly over a set (default: 1000)")
-        group.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
-                           help="random seed of their noise (default: 0)")
-        how = action.add_argument_group("how it runs (changes results by rounding at most)")
-        how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                         help="auto = a GPU where there is one (default: auto)")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Prints the result of the action that the command line names, as JSON."""
-    args = parse(argv)
+    parser = Parser(prog="likelihood.py", description=__doc__,
+                    usage="python results/likelihood.py ACTION DIR_OR_CKPT [DATA ...] [options]")
+    parser.add_argument("action", choices=("posterior", "ood", "bound"), metavar="ACTION",
+                        help="posterior, ood or bound")
+    parser.add_argument("run", metavar="DIR_OR_CKPT",
+                        help="a trained model: a run's folder or a .pt file")
+    parser.add_argument("data", metavar="DATA", nargs="*",
+                        help="images, as train.py takes them as --data; for ood two: such as the "
+                        "model was trained on, and others")
+    parser.add_argument("--num", type=at_least(int, 2), default=1000, metavar="N",
+                        help="use N images, spread evenly over a set (default: 1000)")
+    parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
+                        help="random seed of their noise (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto = a GPU where there is one (default: auto)")
+    args = parser.parse_intermixed_args(argv)
+    foreign = args.action == "ood"
+    if foreign != (len(args.data) == 2) or len(args.data) > 2:
+        parser.error(f"DATA: got {len(args.data)}, expected two for ood, at most one otherwise")
     args.device = pick_device(args.device)
-    model, state = load_run(args.run, args.device)
-    if not hasattr(model, "log_prob"):
-        raise UserError(f"{args.run}: {model.model_name} has no likelihood (no log_prob)")
+    model, extra = load(args.run, args.device)
+    if not hasattr(model, "log_prob") or "training" not in extra:
+        raise UserError(f"{args.run}: expected a trained model with a likelihood (log_prob)")
+    training = extra["training"]
     c = model.config
-    training = state.training
-    if args.action == "ood":
-        splits = []
-        for data in (args.inside, args.outside):
-            splits.append(open_split(
-                data, c.image_size, c.channels, num_classes=0, own=own_data(model)))
+    if foreign:
+        splits = [open_split(data, c.image_size, c.channels, num_classes=0, own=own_data(model))
+                  for data in args.data]
         result = ood(model, *[noised_images(split, training, args)[0] for split in splits])
     else:
-        holdout = 0 if args.data else training["holdout"]
-        split = open_split(args.data or training["data"], c.image_size, c.channels, holdout,
-                           training["enlarge"], state.classes, c.num_classes, own_data(model))
+        data, holdout = training["data"], training["holdout"]
+        if args.data:
+            data, holdout = args.data[0], 0
+        split = open_split(data, c.image_size, c.channels, holdout, training["enlarge"],
+                           extra["classes"], c.num_classes, own_data(model))
         x, labels = noised_images(split, training, args)
         if args.action == "bound":
             result = bound(model, x, labels if c.num_classes else None, training)

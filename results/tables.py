@@ -3,16 +3,17 @@
     python results/tables.py table3                      # every row, seed 0
     python results/tables.py peers --seeds 0,1,2         # with the spread over three seeds
     python results/tables.py table4 --rows "AF" "Jet"    # these rows alone
-    python results/tables.py table3 --print              # the table as it is; trains nothing
+    python results/tables.py table3 --print              # the published table; trains nothing
 
-A row is one training run, sampled from in one or more ways. It trains for the number of steps that
---minutes of one core hold. These are measured once, as processor time, and kept in steps.json, so
-that a row that is run again is the same run. Scores are of 2,000 samples against the test split;
-FD, precision and recall are in the features of a small classifier, which also reads the labels.
+A row is one training run, sampled from in one or more ways. Its number of steps is fixed: as many
+as five minutes of one core held when they were measured. Scores are of 2,000 samples against the
+test split; FD, precision and recall are in the features of a small classifier, which also reads the
+labels.
 
-Your results go to runs/tables/TABLE.jsonl and are printed beside the published ones, which are in
-results/TABLE.jsonl; --publish puts yours among those. A stopped command goes on where it stopped.
-Everything runs with one thread: for two cores start two commands, say with different --seeds.
+Your results go to runs/tables/TABLE.jsonl, one line each, and are printed below the published ones
+of results/TABLE.jsonl. A stopped command goes on where it stopped. To publish, append your lines to
+the published ones: of two lines for the same run the later one counts. Everything runs with one
+thread: for two cores start two commands, say with different --seeds.
 """
 # ruff: noqa: E402  (the repository's folder has to be found first)
 import sys
@@ -25,7 +26,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import tempfile
@@ -34,15 +34,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from support.checkpoints import load
-from support.cli import Parser, UserError, at_least, run_script, write_file
-from support.datasets import open_images
+from support.cli import Parser, UserError, run_script, write_file
+from support.data import open_images
 
 PUBLISHED = REPOSITORY / "results"
 OWN = REPOSITORY / "runs" / "tables"
 CLASSIFIER = "assets/fashion-classifier.pt"
 DATA = "fashion-mnist"
 NUM_SAMPLES = 2000
-QUIET = ["--workers", "0", "--sample-every", "0", "--val-every", "0"]
+QUIET = ["--sample-every", "0", "--val-every", "0"]
 
 
 # ----------------------------------------------------------------------------- the tables
@@ -53,6 +53,7 @@ class Row:
     name: str
     weights: str  # flags of train.py, or a checkpoint; empty for real images
     ways: dict[str, str]  # what the table says of the sampling: the flags of sample.py
+    steps: int | None = None  # of training; None for a checkpoint
     student: bool = False  # distil the trained model first
     turned: bool = False  # train on images turned by 180 degrees, and turn the samples back
 
@@ -62,11 +63,18 @@ def guidance(*weights: float, more: str = "") -> dict[str, str]:
     return {f"w = {w}": f"--guidance {w} {more}".strip() for w in weights}
 
 
+FASHION = "--preset fashion"
 FINISHED = "assets/fashion.pt"
 MIXED = "assets/fashion-mixing.pt"
 MIXING = "--model examples.channel_mixing --preset fashion"
+TARFLOW = "--model baselines.tarflow --preset fashion"
+JETFORMER = "--model baselines.jetformer --preset fashion"
+ARFLOW = "--model baselines.arflow --preset"
+JET = "--model baselines.jetformer --preset table4"
 LIKELIHOOD = {"": "--eval"}  # instead of flags of sample.py: the likelihood of the test split
 NAIVE = "--guidance-method naive"
+NO_MAP = "--no-whiten --redundant-mixtures 64"
+UNIFORM = "--noise uniform"
 W_0 = guidance(0)
 W_1 = guidance(1)
 BOTH = guidance(0, 1)
@@ -81,56 +89,53 @@ REAL = Row("real images", "", {"": ""})
 
 TABLES: dict[str, list[Row]] = {
     "table3": [
-        Row("no split", "--preset fashion --informative-dim 16 --class-tokens 1 --no-final-flip",
-            W_0),
-        Row("+ split", "--preset fashion --class-tokens 1 --no-final-flip", W_0),
-        Row("+ split + class tokens", "--preset fashion --no-final-flip", W_0),
-        Row("+ split + final flip", "--preset fashion --class-tokens 1", W_0),
-        Row("all", "--preset fashion", W_0),
-        Row("all, N(0, I) for Z_R", "--preset fashion --redundant-mixtures 0", BOTH),
-        Row("all, K_R = 64", "--preset fashion --redundant-mixtures 64", BOTH),
-        Row("all + naive CFG", "--preset fashion", guidance(1, more=NAIVE)),
-        Row("all + resampling CFG", "--preset fashion", W_1),
+        Row("no split", f"{FASHION} --informative-dim 16 --class-tokens 1 --no-final-flip", W_0,
+            1000),
+        Row("+ split", f"{FASHION} --class-tokens 1 --no-final-flip", W_0, 1000),
+        Row("+ split + class tokens", f"{FASHION} --no-final-flip", W_0, 1000),
+        Row("+ split + final flip", f"{FASHION} --class-tokens 1", W_0, 1000),
+        Row("all", FASHION, W_0, 1000),
+        Row("all, N(0, I) for Z_R", f"{FASHION} --redundant-mixtures 0", BOTH, 1000),
+        Row("all, K_R = 64", f"{FASHION} --redundant-mixtures 64", BOTH, 900),
+        Row("all + naive CFG", FASHION, guidance(1, more=NAIVE), 1000),
+        Row("all + resampling CFG", FASHION, W_1, 1000),
         REAL,
     ],
     "table4": [
-        Row("Jet, no map, K_R = 64",
-            "--model baselines.jetformer --preset table4 --no-whiten --redundant-mixtures 64", W_1),
-        Row("AF, no map, K_R = 64", "--preset fashion --no-whiten --redundant-mixtures 64", W_1),
-        Row("AF + student, no map, K_R = 64",
-            "--preset fashion --no-whiten --redundant-mixtures 64",
-            W_1, student=True),
-        Row("Jet", "--model baselines.jetformer --preset table4", W_1),
-        Row("AF", "--preset fashion", W_1),
-        Row("AF, 8 blocks x 1 layer", "--preset fashion --flow-blocks 8 --flow-layers 1", W_1),
-        Row("AF + 1 coupling", f"{MIXING} --flow-layers 2 --couplings 1", W_1),
-        Row("AF + 2 couplings", f"{MIXING} --flow-layers 2 --couplings 2", W_1),
+        Row("Jet, no map, K_R = 64", f"{JET} {NO_MAP}", W_1, 900),
+        Row("AF, no map, K_R = 64", f"{FASHION} {NO_MAP}", W_1, 900),
+        Row("AF + student, no map, K_R = 64", f"{FASHION} {NO_MAP}", W_1, 900, student=True),
+        Row("Jet", JET, W_1, 900),
+        Row("AF", FASHION, W_1, 1000),
+        Row("AF, 8 blocks x 1 layer", f"{FASHION} --flow-blocks 8 --flow-layers 1", W_1, 800),
+        Row("AF + 1 coupling", f"{MIXING} --flow-layers 2 --couplings 1", W_1, 700),
+        Row("AF + 2 couplings", f"{MIXING} --flow-layers 2 --couplings 2", W_1, 700),
         REAL,
     ],
     "flip": [
-        Row("final flip", "--preset fashion", BOTH),
-        Row("no final flip", "--preset fashion --no-final-flip", BOTH),
+        Row("final flip", FASHION, BOTH, 1000),
+        Row("no final flip", f"{FASHION} --no-final-flip", BOTH, 1000),
         # On turned images, the last block and the AR both read the tokens in the other order.
-        Row("final flip, turned images", "--preset fashion", BOTH, turned=True),
-        Row("no final flip, turned images", "--preset fashion --no-final-flip", BOTH, turned=True),
+        Row("final flip, turned images", FASHION, BOTH, 1000, turned=True),
+        Row("no final flip, turned images", f"{FASHION} --no-final-flip", BOTH, 1000, turned=True),
         REAL,
     ],
     "fig6": [
-        Row("K_I = 1", "--preset fashion --informative-mixtures 1", BOTH),
-        Row("K_I = 4", "--preset fashion --informative-mixtures 4", BOTH),
-        Row("K_I = 8, d_I = 8", "--preset fashion", BOTH),
-        Row("K_I = 32", "--preset fashion --informative-mixtures 32", BOTH),
-        Row("d_I = 2", "--preset fashion --informative-dim 2", BOTH),
-        Row("d_I = 4", "--preset fashion --informative-dim 4", BOTH),
-        Row("d_I = 12", "--preset fashion --informative-dim 12", BOTH),
+        Row("K_I = 1", f"{FASHION} --informative-mixtures 1", BOTH, 1000),
+        Row("K_I = 4", f"{FASHION} --informative-mixtures 4", BOTH, 1000),
+        Row("K_I = 8, d_I = 8", FASHION, BOTH, 1000),
+        Row("K_I = 32", f"{FASHION} --informative-mixtures 32", BOTH, 1000),
+        Row("d_I = 2", f"{FASHION} --informative-dim 2", BOTH, 1000),
+        Row("d_I = 4", f"{FASHION} --informative-dim 4", BOTH, 1000),
+        Row("d_I = 12", f"{FASHION} --informative-dim 12", BOTH, 1000),
         REAL,
     ],
     "guidance": [
         Row("finished preset, resampling", FINISHED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
         Row("finished preset, naive", FINISHED, guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
         Row("finished channel mixing, resampling", MIXED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
-        Row("young model, resampling", "--preset fashion", guidance(0, 0.5, 0.75, 1, 1.5, 2)),
-        Row("young model, naive", "--preset fashion", guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
+        Row("young model, resampling", FASHION, guidance(0, 0.5, 0.75, 1, 1.5, 2), 1000),
+        Row("young model, naive", FASHION, guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE), 1000),
         REAL,
     ],
     "denoise": [
@@ -142,25 +147,24 @@ TABLES: dict[str, list[Row]] = {
         }),
         REAL,
     ],
-    "student": [Row(weights, weights, STUDENT) for weights in (FINISHED, MIXED)] + [REAL],
+    "student": [Row(FINISHED, FINISHED, STUDENT), Row(MIXED, MIXED, STUDENT), REAL],
     "peers": [
-        Row("FARMER", "--preset fashion", BOTH),
-        Row("FARMER + channel mixing", MIXING, BOTH),
-        Row("TarFlow", "--model baselines.tarflow --preset fashion", BOTH),
-        Row("JetFormer", "--model baselines.jetformer --preset fashion", BOTH),
-        Row("SiT", "--model baselines.arflow --preset sit-fashion", EULER),
-        Row("ARFlow, S = 1", "--model baselines.arflow --preset arflow1-fashion", EULER),
-        Row("ARFlow, S = 5", "--model baselines.arflow --preset fashion", EULER),
+        Row("FARMER", FASHION, BOTH, 1000),
+        Row("FARMER + channel mixing", MIXING, BOTH, 1000),
+        Row("TarFlow", TARFLOW, BOTH, 900),
+        Row("JetFormer", JETFORMER, BOTH, 500),
+        Row("SiT", f"{ARFLOW} sit-fashion", EULER, 1500),
+        Row("ARFlow, S = 1", f"{ARFLOW} arflow1-fashion", EULER, 1100),
+        Row("ARFlow, S = 5", f"{ARFLOW} fashion", EULER, 900),
         REAL,
     ],
     "likelihood": [
-        Row("FARMER", "--preset fashion --noise uniform", LIKELIHOOD),
-        Row("FARMER + channel mixing", f"{MIXING} --noise uniform", LIKELIHOOD),
+        Row("FARMER", f"{FASHION} {UNIFORM}", LIKELIHOOD, 1000),
+        Row("FARMER + channel mixing", f"{MIXING} {UNIFORM}", LIKELIHOOD, 1000),
         # With Muon TarFlow gets stuck under this noise, and the guard skips its growing gradients.
-        Row("TarFlow", "--model baselines.tarflow --preset fashion --noise uniform --guard 0 "
-            "--optimizer adamw --lr 3e-3", LIKELIHOOD),
-        Row("JetFormer", "--model baselines.jetformer --preset fashion --noise uniform",
-            LIKELIHOOD),
+        Row("TarFlow", f"{TARFLOW} {UNIFORM} --guard 0 --optimizer adamw --lr 3e-3", LIKELIHOOD,
+            900),
+        Row("JetFormer", f"{JETFORMER} {UNIFORM}", LIKELIHOOD, 500),
     ],
 }
 
@@ -190,49 +194,15 @@ def run(*command, show: bool = False) -> str:
     return done.stdout
 
 
-def training(weights: str, steps: int, seed: int, out: Path) -> list:
-    """The command that trains a row."""
-    return ["train.py", *weights.split(), "--data", DATA, "--steps", steps, "--seed", seed,
-            "--out", out, *QUIET]
-
-
-def processor_seconds(weights: str, steps: int) -> float:
-    """What a training run of so many steps takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    with tempfile.TemporaryDirectory() as folder:
-        run(*training(weights, steps, 0, Path(folder) / "run"), show=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-
-
-def read_steps(folder: Path) -> dict:
-    """The numbers of steps that were measured, by the flags of train.py and the minutes."""
-    file = folder / "steps.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def steps_for(weights: str, minutes: float) -> int:
-    """Steps of training that `minutes` of one core hold: from steps.json, or measured here."""
-    name = f"{weights} | {minutes:g} min"
-    known = read_steps(OWN) | read_steps(PUBLISHED)
-    if name not in known:
-        print(f"Measuring how many steps fit into {name}", file=sys.stderr)
-        seconds = processor_seconds(weights, 80) - processor_seconds(weights, 20)
-        steps = max(100, int(round(60 * minutes * 60 / seconds, -2)))
-        known[name] = dict(steps=steps)
-        (OWN / "steps.json").write_text(json.dumps(known))
-    return known[name]["steps"]
-
-
-def trained(row: Row, seed: int, steps: int | None) -> Path:
+def trained(row: Row, seed: int) -> Path:
     """The run of a row, trained, resumed or found finished; or the checkpoint that it names."""
-    if steps is None:
+    if row.steps is None:
         return REPOSITORY / row.weights
-    name = "_".join(f"{row.weights} {steps} {seed}".replace("--", "").replace("/", "-").split())
+    name = "_".join(f"{row.weights} {row.steps} {seed}".replace("--", "").split())
     out = OWN / (f"{name}_turned" if row.turned else name)
-    command = training(row.weights, steps, seed, out)
-    if row.turned:
-        command += ["--data", turned_images()]  # the last --data counts
-    run(*command, "--resume", show=True)
+    data = turned_images() if row.turned else DATA
+    run("train.py", *row.weights.split(), "--data", data, "--steps", row.steps, "--seed", seed,
+        "--out", out, *QUIET, "--resume", show=True)
     if row.student:
         teacher = out
         out = OWN / f"{name}-student"
@@ -249,98 +219,73 @@ def turned_images() -> Path:
     """The training images, turned: an .npz that train.py reads."""
     file = OWN / "turned.npz"
     if not file.exists():
-        images = open_images(f"{DATA}:train")
+        images, _ = open_images(f"{DATA}:train")
         write_file(file, lambda f: np.savez(f, images=turn(images.array), labels=images.labels))
     return file
 
 
 # ----------------------------------------------------------------------------- results
-def real_images(file: Path) -> None:
-    """Writes training images, spread over the set: what a perfect model would reach."""
-    images = open_images(f"{DATA}:train")
-    some = np.linspace(0, len(images) - 1, NUM_SAMPLES).astype(np.int64)
-    np.savez(file, images=images.array[some], labels=images.labels[some])
+def result_of(row: Row, sampling: str, seed: int) -> dict:
+    """Trains a row, unless that is done, and scores it -> a line of TABLE.jsonl."""
+    flags = row.ways[sampling]
+    result = dict(row=row.name, sampling=sampling, seed=seed, steps=row.steps,
+                  weights=row.weights, flags=flags)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/samples.npz"
+        if row.weights:
+            out = trained(row, seed)
+            result["parameters"] = sum(p.numel() for p in load(out)[0].parameters()) / 1e6
+            if flags == "--eval":
+                test = f"{DATA}:test"
+                return result | json.loads(run("train.py", "--eval", out, "--data", test))
+            run("sample.py", out, "--num", NUM_SAMPLES, "--seed", 1, "--out", file, *flags.split())
+            if row.turned:
+                images, _ = open_images(file)
+                np.savez(file, images=turn(images.array), labels=images.labels)
+        else:  # training images, spread over the set: what a perfect model would reach
+            images, _ = open_images(f"{DATA}:train")
+            some = np.linspace(0, len(images) - 1, NUM_SAMPLES).astype(np.int64)
+            np.savez(file, images=images.array[some], labels=images.labels[some])
+        return result | scores(file)
 
 
-def scores(samples: Path) -> dict:
+def scores(samples: str) -> dict:
     """FD, precision and recall against the test split, and the part read as its label."""
     report = run("fid.py", samples, f"{DATA}:test", "--features", CLASSIFIER, "--json")
     read = run("results/classifier.py", "read", CLASSIFIER, samples)
     return json.loads(report) | {"read_right": float(re.search(r"([0-9.]+)%", read)[1])}
 
 
-def result_of(row: Row, sampling: str, seed: int, minutes: float, steps: int | None) -> dict:
-    """Trains a row, unless that is done, and scores it -> a line of TABLE.jsonl."""
-    flags = row.ways[sampling]
-    result = dict(row=row.name, sampling=sampling, seed=seed, minutes=minutes, steps=steps,
-                  weights=row.weights, flags=flags)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "samples.npz"
-        if not row.weights:
-            real_images(file)
-            return result | scores(file)
-        out = trained(row, seed, steps)
-        result["parameters"] = sum(p.numel() for p in load(out)[0].parameters()) / 1e6
-        if flags == "--eval":
-            return result | json.loads(run("train.py", "--eval", out, "--data", f"{DATA}:test"))
-        run("sample.py", out, "--num", NUM_SAMPLES, "--seed", 1, "--out", file, *flags.split())
-        if row.turned:
-            samples = dict(np.load(file))
-            np.savez(file, images=turn(samples["images"]), labels=samples["labels"])
-        return result | scores(file)
-
-
 def read_results(folder: Path, table: str) -> dict[tuple, dict]:
-    """The results in a folder's TABLE.jsonl by (row, sampling, minutes, steps, seed).
-
-    Results with one key are of the same run. Minutes are None where nothing was trained.
-    """
+    """The results in a folder's TABLE.jsonl by (row, sampling, steps, seed): what makes a run."""
     file = folder / f"{table}.jsonl"
-    results = {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        result = json.loads(line)
-        steps = result.get("steps")
-        minutes = result["minutes"] if steps else None
-        key = (result["row"], result.get("sampling", ""), minutes, steps, result["seed"])
-        results[key] = result
-    return results
+    lines = file.read_text().splitlines() if file.exists() else []
+    results = [json.loads(line) for line in lines]
+    return {(r["row"], r["sampling"], r["steps"], r["seed"]): r for r in results}
 
 
-def run_rows(table: str, rows: list[Row], seeds: list[int], minutes: float) -> list[tuple]:
-    """Runs what runs/tables/TABLE.jsonl lacks -> the keys of all results of these rows."""
-    wanted = {}
-    for row in rows:
-        if row.weights.startswith("--"):
-            trainings = [(minutes, steps_for(row.weights, minutes), seed) for seed in seeds]
-        else:
-            trainings = [(None, None, 0)]
-        wanted |= {(row.name, way, *training): row for way in row.ways for training in trainings}
-    todo = [key for key in wanted if key not in read_results(OWN, table)]
+def run_rows(table: str, rows: list[Row], seeds: list[int]) -> None:
+    """Runs what runs/tables/TABLE.jsonl lacks."""
+    OWN.mkdir(parents=True, exist_ok=True)
     file = OWN / f"{table}.jsonl"
+    done = read_results(OWN, table)
+    todo = []
+    for row in rows:
+        for seed in seeds if row.steps else [0]:
+            todo += [(row, way, seed) for way in row.ways
+                     if (row.name, way, row.steps, seed) not in done]
     if not todo:
         print(f"Nothing was trained: {file} has all of these results.", file=sys.stderr)
-    for i, key in enumerate(todo, 1):
-        name, sampling, _, steps, seed = key
-        print(f"{table} {i}/{len(todo)}: {name} {sampling}, seed {seed}", file=sys.stderr)
-        result = result_of(wanted[key], sampling, seed, minutes, steps)
+    for i, (row, way, seed) in enumerate(todo, 1):
+        print(f"{table} {i}/{len(todo)}: {row.name} {way}, seed {seed}", file=sys.stderr)
+        result = result_of(row, way, seed)
         with file.open("a") as f:
             f.write(json.dumps(result) + "\n")
-    return list(wanted)
-
-
-def publish(table: str, keys: list[tuple]) -> None:
-    """Puts your results, and the numbers of steps behind them, among the published ones."""
-    yours = read_results(OWN, table)
-    results = read_results(PUBLISHED, table) | {key: yours[key] for key in keys}
-    lines = "".join(json.dumps(result) + "\n" for result in results.values())
-    (PUBLISHED / f"{table}.jsonl").write_text(lines)
-    (PUBLISHED / "steps.json").write_text(json.dumps(read_steps(OWN) | read_steps(PUBLISHED)))
 
 
 # ----------------------------------------------------------------------------- printing
 COLUMNS = {  # of the table: the field of a result, and its format
-    "seeds": ("seed", ""),
-    "FD in the classifier's features": ("fd", ".2f"),
+    "FD": ("fd", ".2f"),
     "precision": ("precision", ".2f"),
     "recall": ("recall", ".2f"),
     "read right, %": ("read_right", ".1f"),
@@ -350,39 +295,35 @@ COLUMNS = {  # of the table: the field of a result, and its format
 }
 
 
-def markdown(table: str) -> str:
-    """A line for each row, sampling, minutes and steps: the published value, then yours."""
-    published = read_results(PUBLISHED, table)
-    yours = {k: r for k, r in read_results(OWN, table).items() if published.get(k) != r}
-    sides = [published, yours] if yours else [published]
-    groups = {}  # (row, sampling, minutes, steps) -> the results of each side, one for each seed
-    for side, results in enumerate(sides):
-        for key, result in results.items():
-            groups.setdefault(key[:4], [[] for _ in sides])[side].append(result)
-    fields = {field for results in sides for result in results.values() for field in result}
-    columns = {name: column for name, column in COLUMNS.items() if column[0] in fields}
-    head = ["row", "sampling", "minutes", "steps", *columns, "paper's FID"]
-    lines = [head, ["---"] * len(head)]
-    for place in [(row.name, sampling) for row in TABLES[table] for sampling in row.ways]:
-        for group in [group for group in groups if group[:2] == place]:
-            cells = ["–" if value is None else str(value) for value in group]
-            for column in columns.values():
-                cells.append(" / ".join(cell(results, *column) for results in groups[group]))
-            lines.append([*cells, str(PAPER.get(place, "–"))])
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"Published / yours:\n\n{text}" if yours else text
+def markdown(folder: Path, table: str) -> str:
+    """The table of a folder's results: a line for each row, sampling and number of steps.
+
+    A column without a value is left out.
+    """
+    groups = {}  # (row, sampling, steps) -> the results of all seeds
+    for key, result in read_results(folder, table).items():
+        groups.setdefault(key[:3], []).append(result)
+    lines = []
+    for place in [(row.name, way) for row in TABLES[table] for way in row.ways]:
+        for (*found, steps), results in groups.items():
+            if tuple(found) == place:
+                seeds = ", ".join(str(result["seed"]) for result in results) if steps else None
+                cells = {"row": place[0], "sampling": place[1], "steps": steps, "seeds": seeds}
+                cells |= {name: mean(results, *column) for name, column in COLUMNS.items()}
+                lines.append(cells | {"paper's FID": PAPER.get(place)})
+    names = [name for name in lines[0] if any(line[name] for line in lines)] if lines else []
+    rows = [[str(line[name] or "–") for name in names] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [names, ["---"] * len(names), *rows])
 
 
-def cell(results: list[dict], field: str, form: str) -> str:
-    """What the table says of some seeds: the mean of a field ± the largest distance from it."""
+def mean(results: list[dict], field: str, form: str) -> str | None:
+    """The mean of a field over seeds ± the largest distance from it; None where one lacks it."""
     values = [result.get(field) for result in results]
-    if None in values or not values:
-        return "–"
-    if field == "seed":
-        return ", ".join(map(str, values))
-    mean = statistics.mean(values)
-    spread = max(abs(value - mean) for value in values)
-    return f"{mean:{form}} ± {spread:{form}}" if spread else f"{mean:{form}}"
+    if None in values:
+        return None
+    middle = statistics.mean(values)
+    spread = max(abs(value - middle) for value in values)
+    return f"{middle:{form}} ± {spread:{form}}" if spread else f"{middle:{form}}"
 
 
 # ----------------------------------------------------------------------------- command line
@@ -398,11 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=integers, default=[0], metavar="S1,S2",
                         help="of training (default: 0)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows only, by exact names")
-    parser.add_argument("--minutes", type=at_least(float, 0.01), default=5.0,
-                        help="of one core, for a training run (default: 5, as published)")
-    parser.add_argument("--print", action="store_true", help="print the table; train nothing")
-    parser.add_argument("--publish", action="store_true",
-                        help="put your results of these rows into results/TABLE.jsonl")
+    parser.add_argument("--print", action="store_true", help="print the published table alone")
     args = parser.parse_args(argv)
     rows = {row.name: row for row in TABLES[args.table]}
     unknown = [name for name in args.rows or [] if name not in rows]
@@ -413,14 +350,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the rows and prints the table."""
+    """Runs the rows and prints the published table and yours."""
     args = parse(argv)
     if not args.print:
-        OWN.mkdir(parents=True, exist_ok=True)
-        keys = run_rows(args.table, args.rows, args.seeds, args.minutes)
-        if args.publish:
-            publish(args.table, keys)
-    print(markdown(args.table))
+        run_rows(args.table, args.rows, args.seeds)
+    print(markdown(PUBLISHED, args.table))
+    if not args.print:
+        print(f"\nYours:\n\n{markdown(OWN, args.table)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The tools that make the results.
+"""The tools that make the results, and the pages that show them.
 
-tables.py: a table trains its rows, scores them, prints yours beside the published values and
-publishes on demand alone; it trains nothing twice and says so; values of other minutes are not
-averaged; rows are exact names; every command in TABLES is one that the scripts take.
-classifier.py: it learns; labels are compared by name; held-out images are the unseen ones;
-exchanged latents are those of the other.
+tables.py: a table trains its rows once, scores them and prints yours below the published values;
+rows are exact names; every command in TABLES is one that the scripts take.
+The pages: each table is what tables.py prints, and each headline number is that of its row.
+classifier.py: it learns; labels are compared by name; held-out images are the unseen ones.
 likelihood.py: bound, Bayes' rule and AUROC are right where the answer is known.
 benchmark.py: calls alternate and the median counts; FLOPs are those of the products; each part of
 sampling and a step of training are timed; what fails on a GPU costs no other part.
@@ -16,11 +15,12 @@ import io
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -29,13 +29,15 @@ from PIL import Image
 
 import train
 from results import benchmark, classifier, figures, likelihood, tables
-from support.checkpoints import load, load_run, model_file, named_model
+from support.checkpoints import first_preset, load, model_file, save
+from support.cli import Parser, given
 from support.conftest import SMALL_FLAGS, fails, small_run, tiny_data  # noqa: F401  (fixtures)
 
 MINIMAL = ("--model examples.minimal_model --channels 1 --image-size 8 --batch-size 4 "
            "--noise-end 0.1 --device cpu")
 
 
+# ----------------------------------------------------------------------------- tables.py
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
     """tables.py in folders of its own, on forty images, with the scripts run in this process."""
@@ -47,85 +49,74 @@ def workshop(tmp_path, monkeypatch):
         np.save(tmp_path / split / "images.npy", images.astype(np.uint8)[..., None])
         np.save(tmp_path / split / "labels.npy", labels)
     network = tmp_path / "net.pt"
-    classifier.main(["fit", str(tmp_path), str(network), "--noise", "0"])
-    made = SimpleNamespace(own=tmp_path / "own", published=tmp_path / "published", commands=[])
-    made.published.mkdir()
+    classifier.main(["fit", str(tmp_path), str(network), "--noise", "0", "--steps", "3"])
+    commands = []
 
     def run(*command, show=False):
         script, *argv = map(str, command)
-        made.commands.append(script)
+        commands.append(script)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             importlib.import_module(script[:-3].replace("/", ".")).main(argv)
         return out.getvalue()
 
-    rows = [tables.Row("one", MINIMAL, {"t = 1": "--temperature 1", "t = 2": "--temperature 2"}),
-            tables.REAL, tables.Row("likelihood", MINIMAL, tables.LIKELIHOOD)]
-    made.run = run
+    rows = [tables.Row("one", MINIMAL, {"t = 1": "--temperature 1", "t = 2": "--temperature 2"}, 3),
+            tables.REAL, tables.Row("likelihood", MINIMAL, tables.LIKELIHOOD, 3)]
+    (tmp_path / "published").mkdir()
     changes = dict(
-        TABLES={"t": rows}, PAPER={("one", "t = 1"): 5.5}, DATA=str(tmp_path), OWN=made.own,
-        PUBLISHED=made.published, CLASSIFIER=network, NUM_SAMPLES=40, run=run,
-        processor_seconds=lambda weights, steps: steps / 10)
+        TABLES={"t": rows}, PAPER={("one", "t = 1"): 5.5}, DATA=str(tmp_path), run=run,
+        OWN=tmp_path / "own", PUBLISHED=tmp_path / "published", CLASSIFIER=network, NUM_SAMPLES=40)
     for name, value in changes.items():
         monkeypatch.setattr(tables, name, value)
-    steps = {f"{MINIMAL} | 5 min": {"steps": 3}}
-    (made.published / "steps.json").write_text(json.dumps(steps))
-    return made
+    return commands
 
 
-def printed_rows(capsys) -> dict[tuple, dict]:
-    """The cells of the Markdown table by (row, sampling, minutes)."""
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
-    return {tuple(row[:3]): dict(zip(head, row, strict=True)) for row in rows}
+def cells(text: str) -> dict[tuple, dict]:
+    """The cells of a Markdown table by (row, sampling)."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    head, _, *rows = lines
+    return {tuple(row[:2]): dict(zip(head, row, strict=True)) for row in rows}
 
 
-def test_a_table_is_trained_scored_and_printed_and_published_on_demand_alone(workshop, capsys):
+def test_a_table_is_trained_once_scored_and_printed(workshop, capsys):
     tables.main(["t", "--seeds", "0,1"])
-    printed = printed_rows(capsys)
-    row, real = printed["one", "t = 1", "5.0"], printed["real images", "", "–"]
-    assert row["seeds"] == "– / 0, 1" and row["steps"] == "3" and row["paper's FID"] == "5.5"
-    assert real["seeds"] == "– / 0" and "nats/dim" in printed["likelihood", "", "5.0"]
-    FD = "FD in the classifier's features"
-    assert "±" in row[FD]
-    assert float(real[FD].split(" / ")[1]) < float(row[FD].split(" / ")[1].split()[0])
-    assert [p.name for p in workshop.published.iterdir()] == ["steps.json"]
-    assert len(list(workshop.own.glob("*/ckpt.pt"))) == 2  # one for each seed, not for each row
-
-    tables.main(["t", "--minutes", "0.01", "--rows", "likelihood"])
-    workshop.commands.clear()
-    capsys.readouterr()
-    tables.main(["t", "--seeds", "0,1", "--publish"])
-    printed = printed_rows(capsys)
-    assert workshop.commands == []
-    assert len((workshop.published / "t.jsonl").read_text().splitlines()) == 7
-    assert printed["likelihood", "", "0.01"]["seeds"] == "– / 0"
-    assert printed["likelihood", "", "5.0"]["seeds"] == "0, 1 / –"
-
-    tables.main(["t", "--minutes", "0.01", "--rows", "likelihood", "--publish"])
-    assert len((workshop.published / "t.jsonl").read_text().splitlines()) == 8
-    assert "Nothing was trained" in capsys.readouterr().err
+    printed = cells(capsys.readouterr().out.partition("Yours:")[2])
+    row, real = printed["one", "t = 1"], printed["real images", "–"]
+    assert row["seeds"] == "0, 1" and row["steps"] == "3" and row["paper's FID"] == "5.5"
+    assert real["steps"] == "–" and float(real["FD"]) < float(row["FD"].split(" ± ")[0])
+    assert float(printed["likelihood", "–"]["nats/dim"].split(" ± ")[0]) > -9
+    assert len(list(tables.OWN.glob("*/ckpt.pt"))) == 2  # one for each seed, not for each row
+    workshop.clear()
+    tables.main(["t", "--seeds", "0,1", "--rows", "one", "real images"])
+    assert workshop == [] and "Nothing was trained" in capsys.readouterr().err
+    (tables.OWN / "t.jsonl").rename(tables.PUBLISHED / "t.jsonl")
     tables.main(["t", "--print"])
-    assert printed_rows(capsys)["likelihood", "", "0.01"]["seeds"] == "0"
-
-
-def test_measured_steps_are_kept_with_your_results_and_rows_are_exact_names(workshop, capsys):
-    workshop.own.mkdir()
-    assert tables.steps_for("--x", 5) == 3000  # at a tenth of a second each
-    assert tables.read_steps(workshop.own)["--x | 5 min"]["steps"] == 3000
-    assert tables.read_steps(workshop.published).keys() == {f"{MINIMAL} | 5 min"}
+    output = capsys.readouterr().out
+    assert workshop == [] and cells(output) == printed and "Yours" not in output
     fails(capsys, tables, ["t", "--rows", "on"], "'on'", "one; real images")
 
 
+def test_of_two_results_of_a_run_the_later_one_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", {"t": [tables.Row("a", "", {"w": ""})]})
+    result = dict(row="a", sampling="w", seed=0, steps=9)
+    lines = [result | {"fd": 9}, result | {"fd": 1}, result | {"fd": 3, "seed": 1},
+             result | {"fd": 8, "steps": 5}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    head, _, *rows = tables.markdown(tmp_path, "t").splitlines()
+    assert head == "| row | sampling | steps | seeds | FD |"
+    assert rows == ["| a | w | 9 | 0, 1 | 2.00 ± 1.00 |", "| a | w | 5 | 0 | 8.00 |"]
+
+
 def test_a_turned_row_learns_turned_images_and_turns_its_samples_back(workshop, monkeypatch):
-    images = tables.open_images(f"{tables.DATA}:train").array
-    row = tables.Row("turned", MINIMAL, {"": ""}, turned=True)
+    images = tables.open_images(f"{tables.DATA}:train")[0].array
+    row = tables.Row("turned", MINIMAL, {"": ""}, 3, turned=True)
     scored = []
+    train = tables.run
 
     def run(*command, show=False):
         """The workshop's run, but sample.py knows the images that were learnt by heart."""
         if command[0] != "sample.py":
-            return workshop.run(*command, show=show)
+            return train(*command, show=show)
         learnt = load(command[1])[1]["training"]["data"]
         assert (np.load(learnt)["images"] == np.rot90(images, 2, axes=(1, 2))).all()
         np.savez(command[command.index("--out") + 1], **np.load(learnt))
@@ -133,40 +124,142 @@ def test_a_turned_row_learns_turned_images_and_turns_its_samples_back(workshop, 
     monkeypatch.setattr(tables, "run", run)
     monkeypatch.setattr(tables, "scores", lambda file: scored.append(dict(np.load(file))) or {})
     tables.OWN.mkdir()
-    tables.result_of(row, "", seed=0, minutes=5, steps=3)
+    tables.result_of(row, "", seed=0)
     assert (scored[0]["images"] == images).all() and len(scored[0]["labels"]) == 40
 
 
-@pytest.mark.parametrize("table", tables.TABLES)
-def test_the_page_shows_the_published_results(table, monkeypatch):
-    """Each score is in a cell of a table, alone or between slashes."""
-    monkeypatch.setattr(tables, "OWN", Path("none"))
-    page = (tables.PUBLISHED / "README.md").read_text()
-    on_the_page = {cell.strip() for line in page.splitlines() if line.startswith("|")
-                   for cell in re.split(r"[|/]", line)}
-    lines = tables.markdown(table).splitlines()
-    head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
-    scores = [head.index(name) for name in head if "FD" in name or name in ("recall", "nats/dim")]
-    assert rows and scores
-    for row in rows:
-        assert {row[i] for i in scores} - {"–"} <= on_the_page, row
+def test_a_student_row_is_distilled_and_a_script_that_fails_is_one_line(monkeypatch):
+    commands = []
+    monkeypatch.setattr(tables, "run", lambda *command, show: commands.append(command))
+    row = next(row for row in tables.TABLES["table4"] if row.student)
+    student = tables.trained(row, 1)
+    assert [command[1] for command in commands] == ["--preset", "--distill"]
+    assert commands[1][2] == commands[0][commands[0].index("--out") + 1] != student
+    monkeypatch.undo()
+    with pytest.raises(tables.UserError, match="sample.py none ended with exit code 2"):
+        tables.run("sample.py", "none", show=True)
+    assert "DIR_OR_CKPT" in tables.run("sample.py", "--help")
 
 
 @pytest.mark.parametrize("table", tables.TABLES)
 def test_the_scripts_take_every_command(table):
     for row in tables.TABLES[table]:
-        name, module = named_model(row.weights.split())
-        if row.weights.startswith("--"):
-            argv = [str(word) for word in tables.training(row.weights, 9, 0, Path("x"))[1:]]
-            train.fresh(train.parse(argv, name, module), module, torch.device("cpu"))
+        words = row.weights.split()
+        module = model_file(words[1] if words[:1] == ["--model"] else "farmer")
+        if row.steps:
+            parser = Parser()
+            for flag in ("--model", "--preset"):
+                parser.add_argument(flag)
+            parser.add_settings("", train.Train())
+            parser.add_settings("", module.PRESETS[first_preset(module)])
+            args = parser.parse_args(words)
+            train.new_run(args, module, "float32")
         for flags in row.ways.values():
             if flags not in ("", "--eval"):
-                parser = classifier.Parser()
-                benchmark.add_fields(parser, module.Sampling)
-                args = parser.parse_args(flags.split())
-                module.Sampling(**benchmark.given(args, module.Sampling))
+                parser = Parser()
+                parser.add_settings("", module.Sampling())
+                module.Sampling(**given(parser.parse_args(flags.split()), module.Sampling))
 
 
+# ----------------------------------------------------------------------------- the pages
+SECTIONS = {  # of results/README.md
+    "table3": "Table 3 in miniature", "table4": "Table 4 in miniature", "flip": "The final flip",
+    "fig6": "Figure 6 in miniature", "guidance": "Guidance", "denoise": "Denoising",
+    "student": "The preset", "peers": "The peers at equal training time",
+    "likelihood": "Likelihood at equal training time",
+}
+RESULTS = (tables.PUBLISHED / "README.md").read_text()
+README = (tables.REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_each_table_of_the_page_is_what_tables_py_prints(table):
+    section = re.search(rf"^### {SECTIONS[table]}\n(.*?)^##", RESULTS, re.M | re.S)[1]
+    on_the_page = [line for line in section.splitlines() if line.startswith("|")]
+    printed = tables.markdown(tables.PUBLISHED, table).splitlines()
+    assert on_the_page[:len(printed)] == printed
+
+
+NO_SPLIT, SPLIT = "table3: no split: w = 0", "table3: + split: w = 0"
+TOKENS, ALL_0 = "table3: + split + class tokens: w = 0", "table3: all: w = 0"
+N01, K64 = "table3: all, N(0, I) for Z_R: w = 1", "table3: all, K_R = 64: w = 1"
+RESAMPLING, NAIVE = "table3: all + resampling CFG: w = 1", "table3: all + naive CFG: w = 1"
+FINISHED = "guidance: finished preset, resampling: w = 1"
+FINISHED_NAIVE = "guidance: finished preset, naive: w = 1"
+BEST, BEST_MIXING = [f"guidance: finished {name}, resampling: w = 0.75"
+                     for name in ("preset", "channel mixing")]
+D_I = [f"fig6: {row}: w = 1" for row in ("d_I = 2", "d_I = 4", "K_I = 8, d_I = 8", "d_I = 12")]
+K_I = [f"fig6: {row}: w = 1" for row in ("K_I = 1", "K_I = 4", "K_I = 8, d_I = 8", "K_I = 32")]
+AF, JET = "table4: AF, no map, K_R = 64: w = 1", "table4: Jet, no map, K_R = 64: w = 1"
+STUDENT_AF = "table4: AF + student, no map, K_R = 64: w = 1"
+OUR_AF, OUR_JET = "table4: AF: w = 1", "table4: Jet: w = 1"
+EXACT, STUDENT = [f"student: assets/fashion.pt: {way}, denoise 0.03"
+                  for way in ("exact", "student")]
+FARMER, TARFLOW, JETFORMER, SIT, MIXING = [
+    f"peers: {row}: w = 1"
+    for row in ("FARMER", "TarFlow", "JetFormer", "SiT", "FARMER + channel mixing")]
+
+HEADLINES = [  # page, words that only this row of a table has, the results behind its FDs in order
+    (README, "FARMER: FD", [FINISHED, BEST_MIXING]),
+    (README, "the channel split improves", [NO_SPLIT, SPLIT]),
+    (README, "guidance by resampling beats", [RESAMPLING, NAIVE, FINISHED, FINISHED_NAIVE]),
+    (README, "more class tokens help", [SPLIT, TOKENS]),
+    (README, "a learnt mixture is better", [N01, RESAMPLING, K64]),
+    (README, "the *final flip*, helps", [TOKENS, ALL_0]),
+    (README, "the best number of informative", D_I),
+    (README, "the AF works where Jet", [AF, JET]),
+    (README, "FARMER beats JetFormer and", [FARMER, JETFORMER, TARFLOW, SIT]),
+    (README, "a one-step student costs", [STUDENT, (min, STUDENT_AF, AF), (max, STUDENT_AF, AF)]),
+    (README, "*not in the paper:* [channel", [FARMER, MIXING, FINISHED, BEST_MIXING]),
+    (README, "[channel_mixing.py](examples", [FINISHED, BEST_MIXING]),
+    (RESULTS, "The channel split improves", [NO_SPLIT, SPLIT]),
+    (RESULTS, "Resampling CFG beats", [NAIVE, RESAMPLING, FINISHED_NAIVE, FINISHED]),
+    (RESULTS, "Class tokens help (", [SPLIT, TOKENS]),
+    (RESULTS, "A learnt mixture for Z^R", [N01, RESAMPLING, N01, K64]),
+    (RESULTS, "The final flip helps (", [TOKENS, ALL_0, "flip: no final flip: w = 1",
+                                        "flip: final flip: w = 1"]),
+    (RESULTS, "The best d_I and K_I", D_I + K_I),
+    (RESULTS, "The AF works where Jet", [AF, JET, OUR_AF, OUR_JET]),
+    (RESULTS, "A one-step student costs", [EXACT, STUDENT, AF, STUDENT_AF]),
+    (RESULTS, "FARMER beats JetFormer and", [FARMER, TARFLOW, JETFORMER, SIT]),
+    (RESULTS, "Not in the paper: couplings", [OUR_AF, MIXING, BEST, BEST_MIXING]),
+]
+
+
+def distances(name: str) -> list[float]:
+    """The FDs of all seeds."""
+    table, row, way = name.split(": ")
+    results = tables.read_results(tables.PUBLISHED, table).items()
+    return [result["fd"] for key, result in results if key[:2] == (row, way)]
+
+
+@pytest.mark.parametrize("page, words, behind", HEADLINES)
+def test_headline_numbers_are_those_of_their_rows(page, words, behind):
+    (line,) = [line for line in page.splitlines() if line.startswith("|") and words in line]
+    line = line.partition("; CIFAR: ")[0]  # those runs are no rows of tables.py
+    line = re.sub(r"(w =|Section) [\d.]+", "", line)
+    found = re.findall(r"(\d+\.\d+)(?: ± (\d+\.\d+))?", line)
+    assert len(found) >= len(behind)
+    for (number, spread), name in zip(found, behind, strict=False):
+        if isinstance(name, str):
+            values = distances(name)
+        else:
+            best, a, b = name
+            values = [best(x - y for x, y in zip(distances(a), distances(b), strict=True))]
+        mean = statistics.mean(values)
+        digits = len(number.partition(".")[2])
+        assert f"{mean:.{digits}f}" == number, name
+        if spread:
+            assert f"{max(abs(value - mean) for value in values):.{digits}f}" == spread, name
+    if page is RESULTS:  # the paper's FIDs stand in the next cell
+        places = [tuple(name.split(": ")[1:]) for name in behind]
+        papers = dict.fromkeys(tables.PAPER[place] for place in places if place in tables.PAPER)
+        assert [float(number) for number, _ in found[len(behind):]] == list(papers)
+    else:
+        assert len(found) == len(behind)
+
+
+# ----------------------------------------------------------------------------- classifier.py
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """A network for the dark, the grey and the bright, fitted on class folders."""
@@ -178,7 +271,7 @@ def reader(tmp_path_factory):
         for i in range(20):
             pixels = (level + rng.integers(0, 30, (8, 8, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(folder / place / f"{i}.png")
-    classifier.main(["fit", str(folder / "all"), str(folder / "net.pt"), "--epochs", "60",
+    classifier.main(["fit", str(folder / "all"), str(folder / "net.pt"), "--steps", "40",
                      "--noise", "0"])
     return folder
 
@@ -190,11 +283,24 @@ def test_labels_are_compared_by_name(reader, tmp_path, capsys):
     (tmp_path / "red").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red" / "0.png")
     fails(capsys, classifier, ["read", reader / "net.pt", tmp_path], "red", "bright")
-    network = classifier.load_classifier(str(reader / "net.pt"))
+    network = torch.jit.load(reader / "net.pt")
     assert network.classes == ["bright", "dark", "grey"]
     assert network(torch.zeros(5, 3, 8, 8)).shape == (5, 128)  # what fid.py --features takes
-    dark = torch.full((2, 1, 8, 8), 50, dtype=torch.uint8)  # grey values
-    assert classifier.read_right(network, dark, torch.tensor([1, 0])) == 50
+    dark = np.full((2, 8, 8, 1), 50, np.uint8)  # grey values, given to a network of colours
+    images = classifier.Images("dark", dark, np.array([1, 0]))
+    assert classifier.read_right(network, images) == 50
+
+
+def test_a_network_of_luminance_reads_colours(tmp_path, capsys):
+    levels = np.arange(20, dtype=np.uint8) % 2 * 200
+    green = np.zeros((20, 8, 8, 3), np.uint8)
+    green[..., 1] = levels[:, None, None]
+    np.savez(tmp_path / "grey.npz", images=green[..., 1], labels=levels // 200)
+    np.savez(tmp_path / "green.npz", images=green, labels=levels // 200)
+    net = str(tmp_path / "net.pt")
+    classifier.main(["fit", str(tmp_path / "grey.npz"), net, "--steps", "20", "--noise", "0"])
+    classifier.main(["read", net, str(tmp_path / "green.npz")])
+    assert "100.0% of 20 images read" in capsys.readouterr().out
 
 
 def test_the_held_out_images_are_the_unseen_ones(reader, tmp_path, capsys):
@@ -206,24 +312,12 @@ def test_the_held_out_images_are_the_unseen_ones(reader, tmp_path, capsys):
     np.savez(tmp_path / "flat.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     fails(capsys, classifier, ["fit", tmp_path / "flat.npz", tmp_path / "n.pt"], "no labels")
     fails(capsys, classifier, ["read", tmp_path / "flat.npz", reader / "some"], "flat.npz", "fit")
+    output = ["fit", str(reader / "all"), str(tmp_path / "n.pt"), "--holdout", "4", "--steps", "3"]
+    classifier.main([*output, "--image-size", "4"])
+    assert "of 12 held-out images" in capsys.readouterr().out
 
 
-def test_exchanged_latents_are_those_of_the_other_image_or_token(small_run):  # noqa: F811
-    model, _ = load_run(small_run)
-    x = 0.3 * torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(4, dtype=torch.long)
-
-    def latents(images):
-        return model.flow(model.patches(images), labels)[0].split([24, 24], -1)
-
-    images, tokens = torch.arange(4).roll(1), torch.randperm(model.config.num_tokens)
-    for taken, part in enumerate(("Z_I", "Z_R")):
-        y = latents(classifier.exchanged(model, x, labels, part, images, tokens))
-        expected = list(latents(x))
-        expected[taken] = expected[taken][images][:, tokens]
-        torch.testing.assert_close(y, tuple(expected), atol=1e-4, rtol=0)
-
-
+# ----------------------------------------------------------------------------- likelihood.py
 TRAINING = dict(noise="gaussian", noise_end=0.03)
 
 
@@ -273,20 +367,21 @@ class ByClass(torch.nn.Module):
 def test_posterior_of_separate_classes_is_right_and_of_shuffled_labels_is_not():
     labels = torch.arange(240) % 3  # more than a batch
     x = (labels / 10).view(-1, 1, 1, 1) + 0.03 * torch.randn(240, 1, 4, 4)
-    assert likelihood.posterior(ByClass(), x, labels)["accuracy"] > 0.9
+    found = likelihood.posterior(ByClass(), x, labels)
+    right = found["accuracy"]
+    assert right > 0.9 and 0.8 < found["confidence"] < 1
+    assert found["standard_error"] == pytest.approx((right * (1 - right) / 240) ** 0.5)
     assert likelihood.posterior(ByClass(), x, labels.roll(1))["accuracy"] < 0.1
     assert likelihood.log_probs(ByClass(), x, labels)["total"].min() > -4
 
 
-def test_auroc_counts_pairs_and_tells_apart_what_is_far_away():
-    low, high = torch.randint(0, 5, (30,)), torch.randint(1, 7, (20,))
-    above = (high[:, None] > low).float() + 0.5 * (high[:, None] == low)
-    assert likelihood.auroc(low, high) == pytest.approx(above.mean().item())
+def test_images_far_away_are_told_apart_and_equal_ones_are_not():
     inside = 0.03 * torch.randn(30, 1, 4, 4)
     result = likelihood.ood(ByClass(), inside, inside + 0.5)
     assert result["total"]["auroc"] == result["log p(z)"]["auroc"] == 1
-    assert result["logdet"]["auroc"] == 0.5
+    assert result["logdet"]["auroc"] == 0.5  # ties count half
     assert result["total"]["outside"] < -10 < result["total"]["inside"]
+    assert likelihood.ood(ByClass(), inside + 0.5, inside)["total"]["auroc"] == 0
 
 
 def test_images_have_the_noise_that_training_ended_with(tiny_data):  # noqa: F811
@@ -299,16 +394,20 @@ def test_images_have_the_noise_that_training_ended_with(tiny_data):  # noqa: F81
 
 
 def test_every_use_of_a_run(small_run, tiny_data, tmp_path, capsys):  # noqa: F811
-    net = str(tmp_path / "net.pt")
-    classifier.main(["fit", str(tiny_data), net, "--epochs", "1"])
-    capsys.readouterr()
-    classifier.main(["swap", net, str(small_run), "--num", "10"])
-    errors = [float(e) for e in re.findall(r"MSE ([0-9.]+)", capsys.readouterr().out)]
-    assert len(errors) == 6 and errors[0] == errors[3] == 0 and min(errors[1:3]) > 0.01
-    for action, data in (("posterior", []), ("ood", [tiny_data, tiny_data]), ("bound", [])):
+    for action, *data in (["posterior"], ["ood", tiny_data, tiny_data], ["bound", tiny_data]):
         likelihood.main([action, str(small_run), *map(str, data), "--num", "20"])
         json.loads(capsys.readouterr().out)
-    fails(capsys, likelihood, ["ood", small_run, tiny_data], "required: OUTSIDE")
+    fails(capsys, likelihood, ["ood", small_run, tiny_data], "expected two")
+    model, _ = load(small_run)
+    save(tmp_path / "model.pt", model)
+    fails(capsys, likelihood, ["bound", tmp_path / "model.pt"], "a trained model")
+    unconditional = MINIMAL.split() + ["--num-classes", "0", "--out", str(tmp_path / "run")]
+    train.main([*unconditional, "--data", str(tiny_data), "--steps", "1"])
+    fails(capsys, likelihood, ["posterior", tmp_path / "run"], "no classes")
+
+
+# ----------------------------------------------------------------------------- benchmark.py
+SMALL = [*SMALL_FLAGS[:10], "--device", "cpu", "--rounds", "1"]
 
 
 def test_calls_alternate_and_the_median_counts(monkeypatch):
@@ -330,19 +429,22 @@ def test_flops_are_those_of_the_products():
     assert 1 < benchmark.counted("farmer", c)[1] / expected < 1.1
 
 
-SMALL = [*SMALL_FLAGS[:10], "--device", "cpu", "--rounds", "1"]
+def table_rows(capsys) -> list[list[str]]:
+    """The cells of a printed table, without the line below the head."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines if not line.startswith("| -")]
 
 
 def test_every_part_of_sampling_is_timed_beside_another_models(capsys, monkeypatch):
     seen, stages = [], benchmark.stages
     monkeypatch.setattr(benchmark, "stages", lambda model, options, *args:
-                        seen.append(options) or stages(model, options, *args))
+                        seen.append((model.config.image_size, options)) or stages(
+                            model, options, *args))
     benchmark.main(["sample", *SMALL, "--batch-sizes", "2", "--guidance", "0.5",
-                    "--against", "examples.minimal_model"])
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    parts = [(row[0], row[2]) for row in rows[2:]]
-    assert [getattr(options, "guidance", None) for options in seen] == [0.5, None]
+                    "--image-size", "8", "--against", "examples.minimal_model"])
+    parts = [(row[0], row[2]) for row in table_rows(capsys)[1:]]
+    assert [(size, getattr(options, "guidance", None)) for size, options in seen] == [
+        (8, 0.5), (8, None)]
     ours = [("farmer:tiny", part) for part in ("whole", "prior", "exact", "student")]
     assert parts == [*ours, ("examples.minimal_model", "whole")]
 
@@ -351,63 +453,90 @@ def test_a_step_of_training_trains(capsys, monkeypatch):
     models = []
     build = benchmark.build
     monkeypatch.setattr(benchmark, "build", lambda *args: models.append(build(*args)) or models[-1])
-    benchmark.main(["train", *SMALL, "--batch-size", "2", "--optimizer", "muon"])
+    benchmark.main(["train", *SMALL, "--batch-sizes", "2"])
     torch.manual_seed(0)
     before = build("farmer", models[0].config).parameters()
     moved = [not torch.equal(p, q) for p, q in zip(models[0].parameters(), before, strict=True)]
-    assert sum(moved) > 0.9 * len(moved) and "TFLOP/s" in capsys.readouterr().out
+    assert sum(moved) > 0.9 * len(moved) and table_rows(capsys)[0][-1] == "TFLOP/s"
+
+
+def test_sizes_are_those_of_every_preset(capsys):
+    benchmark.main(["sizes", "--model", "examples.minimal_model", "--image-size", "8"])
+    head, row = table_rows(capsys)
+    assert head == ["preset", "all, M", "GFLOP/image, forward"]
+    assert row == ["default", f"{12 * 192 / 1e6:.4g}", "0"]
 
 
 def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch, capsys):
     commands = []
 
     def run(command, timeout):
-        commands.append(command)
+        commands.append(command[2:])
         if len(commands) == 2:
             raise subprocess.TimeoutExpired(command, timeout)
         return SimpleNamespace(returncode=int(len(commands) == 4))
 
     monkeypatch.setattr(subprocess, "run", run)
-    benchmark.main(["gpu", "--device", "cpu", "--tiny"])
-    out = capsys.readouterr().out
-    assert out.count("| the time was over |") == out.count("| 1 |") == 1
-    assert out.count("| 0 |") == 4
-    benchmark.main(["gpu", "--device", "cpu"])
+    benchmark.main(["gpu", "--device", "cpu", "--preset", "tiny"])
+    ends = [row[-1] for row in table_rows(capsys)[1:]]
+    assert ends == ["0", "the time was over", "0", "1", "0", "0"]
+    benchmark.main(["gpu", "--model", "farmer"])
     assert "tiny" in commands[0] and "farmer-1.1b-p16" in commands[-1]
+    assert "--compile" not in commands[0] and "--compile" in commands[-1]
     for command in commands:
-        benchmark.parse(command[2:], "farmer", model_file("farmer"))
+        benchmark.parse(command)
     fails(capsys, benchmark, ["train", *SMALL, "--against", "farmer:none"], "none", "fashion")
 
 
-def test_a_curves_minutes_are_those_of_training_and_values_means_over_seeds(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    run.mkdir()
-    lines = [dict(step=s, loss=-s, minutes=m) for s, m in ((10, 1), (20, 5))]
-    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 20}\n')
-    (tmp_path / "kept.jsonl").write_bytes((run / "log.jsonl").read_bytes())
+# ----------------------------------------------------------------------------- figures.py
+@pytest.fixture
+def plots(monkeypatch) -> list[tuple]:
+    """What is drawn, as (name of x, name of y, name of the curve, its points)."""
     drawn = []
-    monkeypatch.setattr(figures, "draw", lambda panels, out: drawn.extend(panels))
-    out = str(tmp_path / "x.png")
-    figures.main(["curve", str(run), str(tmp_path / "kept.jsonl"), "--out", out])
-    points = [(1, -10), (5, -20)]
-    assert drawn == [("minutes of training", "loss", {"run": points, "kept": points})]
-    results = [dict(row=row, sampling=f"w = {w}", seed=seed, fd=w + seed)
-               for row in "ab" for w in (0.5, 2) for seed in (0, 1)]
-    means = [(0.5, 1), (2, 2.5)]
-    assert figures.means(results, "w", "fd", "row") == {"a": means, "b": means}
+
+    def add_subplot(*place, xlabel, ylabel, facecolor):
+        def plot(xs, ys, style, markersize, label):
+            drawn.append((xlabel, ylabel, label, list(zip(xs, ys, strict=True))))
+        return MagicMock(plot=plot, get_legend_handles_labels=lambda: ([], []))
+
+    figure = MagicMock(add_subplot=add_subplot)
+    figure.savefig = lambda file, **options: file.write(b"a picture")
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(rcParams={}))
+    module = MagicMock(Figure=lambda **options: figure)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    return drawn
 
 
-def test_a_missing_matplotlib_is_one_line(small_run, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_curves_minutes_are_those_of_training(plots, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    lines = [dict(step=s, loss=-s, minutes=m) for s, m in ((10, 1), (20, 5))]
+    lines.append(dict(step=20, val_loss=3))
+    text = "\n".join(map(json.dumps, lines))
+    for file in ("run/log.jsonl", "kept.jsonl"):
+        (tmp_path / file).write_text(text)
+    out = tmp_path / "x.png"
+    figures.main(["curve", str(tmp_path / "run"), str(tmp_path / "kept.jsonl"), "--out", str(out)])
+    assert plots == [("minutes of training", "loss", name, [(1, -10), (5, -20)])
+                     for name in ("run", "kept")]
+    assert out.read_bytes() == b"a picture" and capsys.readouterr().out == f"{out}\n"
+    for argv in (["curve"], ["guidance", tmp_path / "run"]):
+        fails(capsys, figures, [*argv, "--out", out], "folders of runs")
+    fails(capsys, figures, ["curve", tmp_path, "--out", out], "log.jsonl")
+    fails(capsys, figures, ["curve", tmp_path / "run", "--field", "bits_per_dim", "--out", out],
+          "bits_per_dim")
+
+
+def test_points_are_means_over_seeds(plots, tmp_path):
+    for figure, size in (("guidance", 3 * 5), ("fig6", 2 * 2)):
+        plots.clear()
+        figures.main([figure, "--out", str(tmp_path / "x.png")])
+        assert len(plots) == size
+    x, y, _, points = plots[1]
+    assert (x, y) == ("K_I", figures.FD)
+    assert points == [(k, pytest.approx(statistics.mean(distances(name))))
+                      for k, name in zip((1, 4, 8, 32), K_I, strict=True)]
+
+
+def test_a_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    fails(capsys, figures, ["curve", small_run, "--out", tmp_path / "x.png"], "pip install")
-    fails(capsys, figures, ["curve", "--out", tmp_path / "x.png"], "folders of runs")
-    fails(capsys, figures, ["curve", tmp_path, "--out", tmp_path / "x.png"], "log.jsonl")
-
-
-def test_curves_that_cannot_be_drawn_are_one_line(tmp_path, capsys):
-    nats, bits, old = [tmp_path / f"{name}.jsonl" for name in ("nats", "bits", "old")]
-    nats.write_text('{"step": 1, "loss": 2, "minutes": 1}')
-    bits.write_text('{"step": 1, "bits_per_dim": 2, "minutes": 1}')
-    old.write_text('{"step": 1, "loss": 2}')
-    fails(capsys, figures, ["curve", nats, bits, "--out", tmp_path / "x.png"], "apart")
-    fails(capsys, figures, ["curve", old, "--out", tmp_path / "x.png"], "old.jsonl", "minutes")
+    fails(capsys, figures, ["fig6", "--out", tmp_path / "x.png"], "pip install matplotlib")

@@ -1,21 +1,32 @@
-"""The network whose features FID compares: Inception-v3 as of 2015-12-05, with its weights."""
+"""What fid.py compares: features of images, their mean and covariance, and files of these.
+
+A feature network maps images (N, 3, H, W) uint8 to features (N, D) float32. It has a `name`, a
+`digest` (the SHA-256 of its file) and a `resize`. There are two: `Inception`, Inception-v3 as of
+2015-12-05, which defines FID, and the user's own, `ScriptFeatures`.
+"""
 import hashlib
 import io
 import sys
 import urllib.request
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.cli import cache_directory, expanded, reading, write_file
+from support.cli import Progress, UserError, cache_directory, expanded, reading, write_file
+from support.distributed import gather, share
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+KEPT = 50_000  # precision, recall and the Inception Score use at most this many images
 
 
 # ----------------------------------------------------------------------------- layers
@@ -170,6 +181,9 @@ class Inception(Branches):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            raise UserError("FID's Inception reads 8-bit images, these are floats; pass another "
+                            "network with --features")
         x = images.float() / 255
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         h = super().forward(2 * x - 1)
@@ -211,3 +225,168 @@ def download_weights(file: Path) -> None:
         check_weights(content)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, lambda out: out.write(content))
+
+
+# ----------------------------------------------------------------------------- any other network
+class ScriptFeatures:
+    """A TorchScript module that maps images (N, channels, H, W) float in [-1, 1] to (N, D).
+
+    The module's attribute `channels` says what it reads: 3 for RGB, the default, or 1 for
+    luminance. Images that are floats themselves, such as latents, are given to it as they are. The
+    file is a program, which runs when it is opened.
+    """
+
+    resize = "none"
+
+    def __init__(self, path: str, device: torch.device):
+        self.path = expanded(path)
+        self.name = self.path.name
+        with reading(path, "expected a file written by torch.jit.script(module).save(FILE.pt)"):
+            content = self.path.read_bytes()
+            with warnings.catch_warnings(action="ignore"):  # torch 2.14 calls TorchScript old
+                self.module = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.channels = getattr(self.module, "channels", 3)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """images (N, C, H, W) -> (N, D) float32. Raises UserError if the module cannot."""
+        if not images.is_floating_point():
+            if self.channels == 1:
+                images = luminance(images)
+            images = images.float() / 127.5 - 1
+        advice = (f"its module was given {tuple(images.shape)} and must return (N, D) features; "
+                  "a module for luminance needs an attribute channels = 1")
+        with reading(self.path, advice):
+            try:
+                features = self.module(images.contiguous())
+            except RuntimeError as error:  # the last line of a module's traceback has the reason
+                raise ValueError(str(error).splitlines()[-1]) from None
+            if features.ndim != 2 or len(features) != len(images):
+                raise ValueError(f"it returned {tuple(features.shape)}")
+        return features.float()
+
+
+def luminance(images: Tensor) -> Tensor:
+    """RGB (N, 3, H, W) uint8 -> (N, 1, H, W) uint8, exactly as Pillow's convert("L") does it."""
+    r, g, b = images.int().unbind(1)
+    return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).to(torch.uint8)[:, None]
+
+
+# ----------------------------------------------------------------------------- statistics
+@dataclass
+class Statistics:
+    """Mean and covariance of features and, if they come from images, the features themselves."""
+
+    path: str
+    mu: np.ndarray  # (D,)
+    sigma: np.ndarray  # (D, D)
+    name: str = "unknown features"  # of the network
+    digest: str | None = None  # of its file
+    resize: str = "unknown"  # what is done to images before the network
+    num: int | None = None  # how many images
+    pool: Tensor = torch.empty(0)  # (min(N, KEPT), D), in a random order, the same every time
+    grey: bool | None = None  # whether all images are
+
+
+def read_statistics(path: str, arrays) -> Statistics:
+    """The statistics in an npz file of our own, pytorch-fid's or ADM's."""
+    mu = arrays["mu"].astype(np.float64)
+    sigma = arrays["sigma"].astype(np.float64)
+    if sigma.shape != (len(mu), len(mu)) or not np.isfinite([mu.sum(), sigma.sum()]).all():
+        raise ValueError(f"got mu {mu.shape}, sigma {sigma.shape}, expected finite (D,), (D, D)")
+    found = Statistics(path, mu, sigma)
+    if "features_sha256" in arrays:
+        found.name = str(arrays["features"])
+        found.digest = str(arrays["features_sha256"])
+        found.resize = Inception.resize if found.digest == Inception.digest else "none"
+    elif len(mu) == 2048:  # the files of pytorch-fid and ADM do not say that they are Inception's
+        found.name = Inception.name
+        found.digest = Inception.digest
+    if "num" in arrays:
+        found.num = int(arrays["num"])
+    return found
+
+
+def save_statistics(path: str | Path, statistics: Statistics) -> None:
+    """mu and sigma as pytorch-fid saves them, the number of images, and the feature network."""
+    arrays = dict(mu=statistics.mu, sigma=statistics.sigma)
+    if statistics.resize != "unknown":
+        arrays |= dict(features=statistics.name, features_sha256=statistics.digest)
+    if statistics.num is not None:
+        arrays["num"] = statistics.num
+    write_file(path, lambda file: np.savez(file, **arrays))
+
+
+# ----------------------------------------------------------------------------- measuring
+@dataclass
+class Source:
+    """Images still to be measured: those of a data set, or samples still to be drawn."""
+
+    path: str
+    num: int
+    shape: tuple[int, ...]  # of an image: (H, W, C)
+    batches: Iterable  # of this process: numbers (b,), images (b, H, W, C)
+    floats: bool = False  # whether the images are float32, such as latents, instead of uint8
+
+
+def measure(source: Source, known: Statistics | None, network,
+            device: torch.device) -> Statistics | None:
+    """The statistics of a source, on the first process; None on the others.
+
+    `known` are those in its file: if `network` made them they are used, as in ADM's evaluator.
+    """
+    features, grey = features_of(source, network, device)
+    parts = gather(features)
+    if not parts:
+        return None
+    features = np.concatenate(parts)  # (num, D), in the order of the images
+    # The Inception Score needs its images in random order; this order is torch-fidelity's.
+    order = np.random.RandomState(2020).permutation(source.num)
+    pool = torch.from_numpy(without_nan(features[order[:KEPT]]))
+    features = without_nan(features)
+    num = len(features)
+    if num < 2:
+        raise UserError(f"{source.path}: got {num} images, expected at least 2")
+    if known and known.digest == network.digest:
+        known.pool = pool
+        known.grey = grey
+        return known
+    mu = features.mean(0, dtype=np.float64)
+    sigma = np.cov(features, rowvar=False)  # in float64 too
+    return Statistics(
+        source.path, mu, sigma, network.name, network.digest, network.resize, num, pool, grey)
+
+
+def features_of(source: Source, network, device: torch.device) -> tuple[np.ndarray, bool]:
+    """The features (n, D) float32 of this process's images, and whether all these are grey.
+
+    NaN stands where a sample was left out.
+    """
+    part = share(source.num)
+    progress = Progress(f"{source.path}: image", len(part))
+    H, W, C = source.shape
+    if source.floats:
+        blank = torch.zeros(1, C, H, W, device=device)
+    else:
+        blank = torch.zeros(1, 3, H, W, dtype=torch.uint8, device=device)
+    D = network(blank).shape[1]
+    features = np.full((len(part), D), np.nan, np.float32)
+    grey = True
+    for numbers, images, *_ in source.batches:
+        if len(numbers) == 0:  # none of these samples was finite
+            continue
+        grey = grey and bool((images == images[..., :1]).all())
+        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
+        h = network(pixels.expand(-1, blank.shape[1], -1, -1)).cpu().numpy()  # grey becomes RGB
+        finite = np.isfinite(h).all(1)
+        if not finite.all():
+            raise UserError(f"{source.path}: {network.name} gives image {numbers[~finite][0]} "
+                            "features that are not finite; remove the image or use other features")
+        features[numbers - part.start] = h
+        progress(int(numbers[-1]) + 1 - part.start)
+    return features, grey
+
+
+def without_nan(rows: np.ndarray) -> np.ndarray:
+    return rows[~np.isnan(rows[:, 0])]
