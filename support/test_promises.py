@@ -29,8 +29,10 @@ import numpy as np
 import pytest
 import torch
 
+import fid
 import sample
 import train
+from results import likelihood
 from support import checkpoints, cli, sampling
 from support.checkpoints import load
 from support.conftest import (
@@ -555,8 +557,6 @@ def test_promise_8_samples_that_are_not_finite_are_left_out_and_counted(small_ru
 
 # ----------------------------------------------------------------------------- 9
 def test_promise_9_samples_are_measured_as_a_set_like_any_other(small_run, tmp_path, capsys):
-    import fid
-
     class Mean(torch.nn.Module):
         def forward(self, x):
             return x.mean(3).flatten(1)[:, :6]
@@ -587,7 +587,6 @@ def test_promise_10_a_fork_reads_a_data_format_of_its_own(tmp_path, monkeypatch,
         "    return Images(source, array, np.arange(20) % 10)\n")
     train.main("--model squares --data squares --steps 2 --out run".split())
     train.main(["--eval", "run"])
-    from results import likelihood
     likelihood.main(["posterior", "run"])
     assert "squares" in capsys.readouterr().err
     fails(capsys, train, ["--model", "squares", "--data", "circles"], "circles")
