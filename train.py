@@ -264,65 +264,47 @@ class EMA:
 
 
 # ----------------------------------------------------------------------------- signals and log
-class StopSignals:
-    """Context in which Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the current step.
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Context in which Ctrl-C, SIGTERM and SIGHUP are put on a list, so that the step ends first.
 
     A second signal interrupts at once. A signal that was ignored when the process started, as
     SIGHUP is under nohup, stays ignored.
     """
+    received = []
 
-    def __init__(self):
-        self.number = 0  # of the signal received; 0: none
-        self.before = {}
-
-    def __enter__(self) -> "StopSignals":
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, _) -> None:
-        if self.number:
+    def receive(number: int, _) -> None:
+        if received:
             raise KeyboardInterrupt
-        self.number = number
+        received.append(number)
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
             print(f"{signal.Signals(number).name}: stopping after this step; send it again to quit "
                   "now", file=sys.stderr)
 
-    def asked(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop. All processes must call this."""
-        self.number = max_over_processes(int(self.number), device)
-        return self.number > 0
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Log:
-    """Writes log.jsonl and lines on stdout: means since the last report, speed, time left.
+    """Writes log.jsonl and lines on stdout, in rank 0; collects means for it in every process."""
 
-    Every process has one, since the means are over all processes, but only rank 0 writes. A resumed
-    run first drops the lines after its checkpoint.
-    """
-
-    def __init__(self, out: Path, start: int, steps: int):
+    def __init__(self, out: Path, step: int, steps: int):
+        """Drops the lines after `step`, where a resumed run goes on."""
         self.file = out / "log.jsonl"
-        self.start = start
         self.steps = steps
         self.rank, _ = rank_and_world()
-        self.terms: dict[str, list[Tensor]] = {}  # since the last report
-        self.last_step = start
-        self.minutes = 0.0  # of training so far, without saving and drawing
-        self.began = time.monotonic()
-        self.last_time = self.began
+        self.terms: dict[str, list[Tensor]] = {}
         if self.rank == 0:
-            lines = self.file.read_text().splitlines() if start and self.file.exists() else []
-            kept = [line for line in lines if step_of(line) <= start]
-            for line in kept:
-                self.minutes = json.loads(line).get("minutes", self.minutes)
-            text = "".join(line + "\n" for line in kept)
+            lines = self.file.read_text().splitlines() if step and self.file.exists() else []
+            text = "".join(f"{line}\n" for line in lines if step_of(line) <= step)
             write_file(self.file, lambda f: f.write(text.encode()))
 
     def add(self, terms: dict[str, Tensor]) -> None:
@@ -330,23 +312,12 @@ class Log:
         for name, values in terms.items():
             self.terms.setdefault(name, []).append(values.detach().float().mean())
 
-    def report(self, step: int, batch_size: int, last: dict) -> None:
-        """Writes the means since the last report, then the values of `last`.
-
-        All processes must call this.
-        """
+    def means(self) -> dict[str, float]:
+        """The means of what was added since the last call, over all processes; all call this."""
         means = torch.stack([torch.stack(parts).mean() for parts in self.terms.values()])
-        values = dict(zip(self.terms, mean_over_processes(means).tolist(), strict=True))
-        now = time.monotonic()
-        seconds = max(now - self.last_time, 1e-9)
-        self.minutes += seconds / 60
-        speed = (step - self.last_step) * batch_size / seconds
-        values |= last | {"images_per_s": speed, "minutes": self.minutes}
-        left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
-        self.write(step, values, f"{duration(left)} left")
+        means = dict(zip(self.terms, mean_over_processes(means).tolist(), strict=True))
         self.terms = {}
-        self.last_step = step
-        self.last_time = now
+        return means
 
     def write(self, step: int, values: dict, note: str = "") -> None:
         """Writes one line to log.jsonl and to stdout."""
@@ -360,13 +331,6 @@ class Log:
                 continue  # the same number is printed as nats_per_dim
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         print("  ".join([*parts, note]).rstrip(), flush=True)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Context for saving and drawing, whose time counts neither in images/s nor in minutes."""
-        start = time.monotonic()
-        yield
-        self.last_time += time.monotonic() - start
 
 
 def step_of(line: str) -> float:
@@ -392,6 +356,7 @@ class Run:
     step: int = 0  # optimizer steps done; with the seed it fixes order, noise and label drops
     skipped: int = 0  # steps skipped because their gradient norm was an outlier
     outliers: int = 0  # how many steps in a row have been skipped just now
+    minutes: float = 0.0  # of training so far, without saving and drawing
     norms: list = field(default_factory=list)  # gradient norms of the last 100 steps taken
     optimizer: list | None = None  # the state of each optimizer
     raw_weights: dict | None = None  # with EMA: the trained weights; `weights` are the averages
@@ -457,12 +422,10 @@ def resumed_run(args, config, saved: Saved) -> tuple[Train, Run]:
     if train.seed != before.seed:
         warn(f"seed was {before.seed} and is {train.seed} from step {run.step} on")
     if train.steps != before.steps:
-        moved = [f"lr from {lr_at(before, run.step):.3g} to {lr_at(train, run.step):.3g}"]
-        if noise_at(train, 0) is not None:
-            moved.append(f"the noise's std from {noise_at(before, run.step):.3g} to "
-                         f"{noise_at(train, run.step):.3g}")
-        warn(f"steps was {before.steps} and is {train.steps} from step {run.step} on; the "
-             f"schedules run over all steps, so this moves {' and '.join(moved)}")
+        warn(f"steps was {before.steps} and is {train.steps} from step {run.step} on: as schedules "
+             f"run over all steps, lr goes from {lr_at(before, run.step):.3g} to "
+             f"{lr_at(train, run.step):.3g} and the std of the noise from "
+             f"{noise_at(before, run.step) or 0:.3g} to {noise_at(train, run.step) or 0:.3g}")
     return train, run
 
 
@@ -575,7 +538,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
     if world > 1:  # every process starts from the weights of rank 0
         ddp = DistributedDataParallel(
             net, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+            forward_sync_buffers=False, gradient_as_bucket_view=True)
     ema = EMA(params, train.ema) if train.ema else None
     averaged = ema.applied if train.ema else contextlib.nullcontext
     saved_at = run.step  # the step that ckpt.pt holds
@@ -632,8 +595,13 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         split.train, batch_size=train.batch_size, start_step=run.step, seed=train.seed,
         rank=rank, world=world, flip=train.flip, epoch_order=order)
     try:
-        with StopSignals() as stop, contextlib.closing(source):
-            while run.step < train.steps and not stop.asked(device):
+        with stop_signals() as received, contextlib.closing(source):
+            start, start_step = time.monotonic(), run.step  # of what the next report measures
+            while run.step < train.steps:
+                stopped = max_over_processes(sum(received), device)  # the signal's number
+                if stopped:
+                    break
+
                 # Learning rate and noise of this step.
                 sigma = noise_at(train, run.step)
                 lr = lr_at(train, run.step)
@@ -698,25 +666,30 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                 step = run.step
                 last = step == train.steps
                 if last or step in (1, 2, 5, 10, 20) or step % how.log_every == 0:
-                    last_values = dict(lr=lr, sigma=sigma, skipped=run.skipped)
-                    log.report(step, train.batch_size, last_values)
-                with log.paused():
-                    if last or step % how.save_every == 0:
-                        save_run()
-                    validate = last or (how.val_every and step % how.val_every == 0)
-                    draw = last or (how.sample_every and step % how.sample_every == 0)
-                    if validate or draw:
-                        validate_and_draw(validate, draw)
+                    values = log.means() | dict(lr=lr, sigma=sigma, skipped=run.skipped)
+                    pace = (time.monotonic() - start) / (step - start_step)  # seconds a step
+                    run.minutes += pace * (step - start_step) / 60
+                    values |= dict(images_per_s=train.batch_size / pace, minutes=run.minutes)
+                    log.write(step, values, f"{duration(pace * (train.steps - step))} left")
+                    start, start_step = time.monotonic(), step
+                saving = time.monotonic()
+                if last or step % how.save_every == 0:
+                    save_run()
+                validate = last or (how.val_every and step % how.val_every == 0)
+                draw = last or (how.sample_every and step % how.sample_every == 0)
+                if validate or draw:
+                    validate_and_draw(validate, draw)
+                start += time.monotonic() - saving  # is not training
             if run.step > saved_at:
                 save_run()
     except (UserError, OSError) as error:
         raise UserError(f"{error}; saved at step {saved_at}, in {file}") from error
     leave()
-    if stop.number:
+    if run.step < train.steps:
         if rank == 0:
             print(f"stopped at step {run.step}, saved; continue with: python train.py --resume "
                   f"--out {out}", file=sys.stderr)
-        sys.exit(128 + stop.number)
+        sys.exit(128 + stopped)
     if rank == 0:
         seen = f"see {out / 'samples.png'}; more " if can_be_shown(model) else ""
         print(f"done: {seen}samples with: python sample.py {out}")

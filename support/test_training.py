@@ -312,7 +312,7 @@ def test_a_longer_schedule_says_what_moves(small_model, capsys):
     train.main(["--resume", "--out", "run", "--steps", "8", "--log-every", "1"])
     warned = capsys.readouterr().err
     assert "steps was 4 and is 8 from step 4 on" in warned
-    assert "lr from 5e-07 to 2.5" in warned and "std from 0.05 to 0.075" in warned
+    assert "lr goes from 5e-07 to 2.5" in warned and "noise from 0.05 to 0.075" in warned
     assert logged("step") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -401,32 +401,43 @@ def test_floats_and_vectors_train_resume_are_scored_and_sampled_as_they_are(
 def test_a_signal_ignored_at_the_start_stays_ignored_and_a_second_one_interrupts():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with train.StopSignals() as stop:
+        with train.stop_signals() as received:
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.asked(torch.device("cpu"))
+            assert received == []
             signal.raise_signal(signal.SIGTERM)
-            assert stop.asked(torch.device("cpu"))
+            assert received == [signal.SIGTERM]
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_log_drops_what_came_after_its_checkpoint_and_leaves_out_pauses(
-        tmp_path, capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+def test_the_log_drops_what_came_after_its_checkpoint_and_has_means(tmp_path, capsys):
     file = tmp_path / "log.jsonl"
     kept = '{"step": 1, "a": 2, "minutes": 7.0}\n'
     file.write_text(kept + '{"step": 5, "a": 3, "minutes": 8.0}\n{"step": 6, "a"')
-    log = train.Log(tmp_path, start=4, steps=10)
+    log = train.Log(tmp_path, step=4, steps=10)
+    assert file.read_text() == kept
     log.add({"a": torch.tensor([1.0, 3.0])})
-    now[0] += 6
-    with log.paused():
-        now[0] += 1000
     log.add({"a": torch.tensor([4.0, 4.0])})
-    log.report(6, batch_size=3, last={"lr": 0.5})
-    first, second = [json.loads(line) for line in file.read_text().splitlines()]
-    assert first == {"step": 1, "a": 2, "minutes": 7.0}
-    assert second == {"step": 6, "a": 3.0, "lr": 0.5, "images_per_s": 1.0, "minutes": 7.1}
-    assert capsys.readouterr().out.startswith("step 6/10  a 3  lr 0.5  images_per_s 1  minutes 7.1")
+    log.write(6, log.means() | {"lr": 0.5}, "0:10 left")
+    assert json.loads(file.read_text().splitlines()[1]) == {"step": 6, "a": 3.0, "lr": 0.5}
+    assert capsys.readouterr().out == "step 6/10  a 3  lr 0.5  0:10 left\n"
+
+
+def test_time_spent_on_saving_and_drawing_is_not_training(small_model, monkeypatch):
+    now = [0.0]
+
+    def takes(seconds, real):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return real(*args, **kwargs)
+        return slow
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train, "lr_at", takes(3, train.lr_at))  # once a step
+    monkeypatch.setattr(train, "save", takes(1000, train.save))
+    monkeypatch.setattr(train, "sample_grid", takes(1000, train.sample_grid))
+    train.main([*FLAGS, "--save-every", "1", "--sample-every", "1"])
+    assert logged("images_per_s") == [2.0] * 4
+    assert logged("minutes") == pytest.approx([0.05, 0.1, 0.15, 0.2])
