@@ -462,7 +462,8 @@ def splits(name: str, crop: Crop) -> dict[str, Images]:
         if there:
             warn(f"{name} is read as the set of that name; write ./{name} for the local files")
         if name == "digits":
-            return {"train": digits(4000, crop, 0), "test": digits(500, crop, 1)}
+            return {split: digits(n, crop.size, crop.channels, seed)
+                    for split, n, seed in (("train", 4000, 0), ("test", 500, 1))}
         parts = read_path(str(fetch(name)))
         return {k: replace(v, path=name, classes=KNOWN[name].classes) for k, v in parts.items()}
     if not there:
@@ -516,6 +517,10 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
 
 
 # ----------------------------------------------------------------------------- files
+LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
+          "under train/ and under test/ or val/; move everything else away")
+
+
 @dataclass(eq=False)
 class Files:
     """Files of a folder or of an archive; their names are sorted and go from `path`, with /."""
@@ -534,15 +539,13 @@ class Files:
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
                      lambda name: self.read(start + name))
 
-    def unexpected(self, reason: str) -> UserError:
+    def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
         folders = collections.Counter(os.path.join(os.path.dirname(n), "") for n in self.names)
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
         return UserError(f"{printable(self.path)} holds images or tables in {found}; {reason}")
 
 
-LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
-          "under train/ and under test/ or val/; move everything else away")
 # Formats that Pillow knows by name, but that hold no pixels, or need another program to draw them.
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
@@ -659,7 +662,7 @@ def read_files(everything: Files) -> dict[str, Images]:
     if "train" in found and len(found) == len(tops) > 1:
         parts = {split: read_part(files.inside(name))[""] for split, name in found.items()}
     elif "train" in found and len(found) > 1 or alike and len(tops) > 1:
-        raise files.unexpected(LAYOUT)
+        raise files.unexpected()
     else:
         parts = read_part(data)
     for part in parts.values():
@@ -694,14 +697,14 @@ def read_part(files: Files) -> dict[str, Images]:
     if tables == ["dataset.json"]:
         return {"": Images(path, replace(files, names=names), json_labels(files, names))}
     if tables and (names or "/" in "".join(tables)):
-        raise files.unexpected(LAYOUT)
+        raise files.unexpected()
     if tables:
         read = read_idx if IDX.fullmatch(tables[0]) else read_cifar
         return read_npy(files.path) if "images.npy" in tables else read(files)
     if list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
         return {"": Images(path, files, classes=[printable(outer)] if outer else None)}
     if "" in number or "/" in "".join(number):
-        raise files.unexpected(LAYOUT)
+        raise files.unexpected()
     if are_shards(names):
         raise files.unexpected(hint(files.path, names))
     numeric = all(map(str.isdecimal, number))
@@ -926,8 +929,7 @@ def download(url: str, sha256: str, folder: Path, file) -> None:
             file.write(block)
             progress(file.tell() >> 20)
         if digest.hexdigest() != sha256:
-            raise ValueError(f"got {file.tell():,} bytes with the sha256 {digest.hexdigest()}, "
-                             f"expected the sha256 {sha256}")
+            raise ValueError(f"its sha256 is {digest.hexdigest()}, expected {sha256}")
 
 
 # ----------------------------------------------------------------------------- built-in digits
@@ -947,21 +949,17 @@ def draw_digit(label: int, size: int, rng: np.random.Generator) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=4)
-def drawn_digits(num: int, size: int, channels: int, seed: int) -> np.ndarray:
+def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
     """Draws `num` digits, all classes in turn; image i depends on (seed, i) alone."""
+    if size is None:
+        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
+                        "other images instead")
     progress = Progress(f"drawing digits of {size}x{size}", num, quiet=processes()[0] > 0)
     array = np.empty((num, size, size, channels), np.uint8)
     for i in range(num):
-        array[i] = Crop(None, channels)(draw_digit(i % 10, size, np.random.default_rng([seed, i])))
+        image = draw_digit(i % 10, size, np.random.default_rng([seed, i]))
+        array[i] = Crop(None, channels)(image)
         progress(i + 1)
-    return array
-
-
-def digits(num: int, crop: Crop, seed: int) -> Images:
-    if not crop.size:
-        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
-                        "other images instead")
-    array = drawn_digits(num, crop.size, crop.channels, seed)
     return Images("digits", array, np.arange(num) % 10, list("0123456789"))
 
 
