@@ -154,32 +154,30 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- the two sides
-def open_side(path: str, batch_size: int, own, size: int | None = None, channels: int = 3,
-              enlarge: bool = False) -> tuple[Source | None, Statistics | None]:
+def open_side(path: str, args, own, size: int | None = None,
+              channels: int = 3) -> tuple[Source | None, Statistics | None]:
     """The images of a data set, and the statistics in its file.
 
-    With `size` the images are cropped to (size, size, channels), and small ones enlarged on demand.
-    own: `open_images` of a model's file.
+    With `size` the images become (size, size, channels). own: `open_images` of a model's file.
     """
     known = None
-    file = cli.expanded(path)
-    if file.suffix == ".npz" and file.is_file():
+    if path.endswith(".npz"):
         with cli.reading(path, "expected images, or statistics mu and sigma"):
-            with np.load(file) as arrays:
+            with np.load(cli.expanded(path)) as arrays:
                 if "mu" in arrays:
                     known = read_statistics(path, arrays)
-                if known and "images" not in arrays and "arr_0" not in arrays:
-                    return None, known
+                    if "images" not in arrays and "arr_0" not in arrays:
+                        return None, known
     if is_checkpoint(path):
         raise UserError(f"{path}: is a checkpoint; give --num to draw samples from its model")
-    images, _ = open_images(path, size, channels, enlarge, own)
+    images, _ = open_images(path, size, channels, args.enlarge, own)
     if cli.is_first():
         print(f"data: {images.summary()}", file=sys.stderr)
-    numbers = np.array(share(len(images)))
-    parts = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
+    mine = share(len(images))
+    mine = np.arange(mine.start, mine.stop)
+    parts = np.split(mine, range(args.batch_size, len(mine), args.batch_size))
     batches = ((part, images.array[part]) for part in parts)
-    floats = images.array.dtype != np.uint8
-    return Source(path, len(images), images.array.shape[1:], batches, floats), known
+    return Source(path, len(images), images.array.shape[1:], batches), known
 
 
 def samples_of(model, options, conditions, args) -> Source:
@@ -190,20 +188,17 @@ def samples_of(model, options, conditions, args) -> Source:
     part = share(args.num)
     labels = default_labels(args.num, c.num_classes, conditions)[part.start:part.stop]
     batches = sample_images(model, labels, options, args.seed, args.batch_size, part.start)
-    shape = (c.image_size, c.image_size, c.channels)
-    return Source(args.samples, args.num, shape, batches, model.floats)
+    return Source(args.samples, args.num, (c.image_size, c.image_size, c.channels), batches)
 
 
 def check_networks(sides: list, network) -> None:
     """Raises UserError where statistics in a file come from another network than the rest."""
-    found = {network.digest: f"{network.name} (sha256 {network.digest})"} if network else {}
-    for source, known in sides:
-        if source is None:
-            origin = f"sha256 {known.digest}" if known.digest else f"{len(known.mu)} values"
-            found[known.digest or len(known.mu)] = f"{known.name} ({origin})"
-    if len(found) > 1:
+    found = [network] if network else []
+    found += [known for source, known in sides if source is None]
+    names = {side.digest or side.name: f"{side.name} (sha256 {side.digest})" for side in found}
+    if len(names) > 1:
         raise UserError("SAMPLES and REFERENCE have features of different networks, "
-                        f"{' and '.join(found.values())}; compute both with the same one, see "
+                        f"{' and '.join(names.values())}; compute both with the same one, see "
                         "--features and --save-stats")
 
 
@@ -326,24 +321,23 @@ def main(argv: list[str] | None = None) -> None:
     rank, _ = join(device)
 
     # Open and check everything before the first image: 50,000 of them take long.
-    options = network = size = None
-    channels, enlarge = 3, args.enlarge
+    options = network = size = known = None
+    channels = 3
     facts = {}
     with agreeing(facts):
         if args.num:
             model = restore(saved, device)
             options = dataclasses.replace(model.config.sampling, **args.settings)
             check_options(options, saved.extra)
-            samples, known = samples_of(model, options, saved.extra.get("conditions"), args), None
+            samples = samples_of(model, options, saved.extra.get("conditions"), args)
             channels = model.config.channels
-            enlarge = enlarge or saved.extra.get("training", {}).get("enlarge", False)
         else:
-            samples, known = open_side(args.samples, args.batch_size, own)
+            samples, known = open_side(args.samples, args, own)
         sides = [(samples, known)]
         if samples and samples.shape[0] == samples.shape[1]:
             size = samples.shape[0]
         if args.reference:
-            sides.append(open_side(args.reference, args.batch_size, own, size, channels, enlarge))
+            sides.append(open_side(args.reference, args, own, size, channels))
         if args.features:
             network = ScriptFeatures(args.features, device)
         elif any(source for source, _ in sides):

@@ -194,8 +194,8 @@ def main(argv: list[str] | None = None) -> None:
                             help="crop and resize the images to N x N pixels (default: the size "
                             "that they have; digits: 16)")
         if function is fit:
-            action.add_argument("--steps", type=at_least(int, 3), default=1000, metavar="N",
-                                help="of training, with 100 images each (default: 1000)")
+            action.add_argument("--steps", type=at_least(int, 3), default=500, metavar="N",
+                                help="of training, with 100 images each (default: 500)")
             action.add_argument("--noise", type=at_least(float, 0), default=0.1, metavar="STD",
                                 help="add noise of a random std up to this one, for pixels in "
                                 "[-1, 1]; 0 for the features of fid.py (default: 0.1)")

@@ -136,9 +136,9 @@ def test_a_student_row_is_distilled_and_a_script_that_fails_is_one_line(monkeypa
     assert [command[1] for command in commands] == ["--preset", "--distill"]
     assert commands[1][2] == commands[0][commands[0].index("--out") + 1] != student
     monkeypatch.undo()
-    with pytest.raises(tables.UserError, match="sample.py none ended with exit code 2"):
-        tables.run("sample.py", "none", show=True)
-    assert "DIR_OR_CKPT" in tables.run("sample.py", "--help")
+    with pytest.raises(tables.UserError, match="figures.py none ended with exit code 2"):
+        tables.run("results/figures.py", "none", show=True)
+    assert "d_I" in tables.run("results/figures.py", "--help")
 
 
 @pytest.mark.parametrize("table", tables.TABLES)

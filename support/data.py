@@ -227,7 +227,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     how = image.tile[0][3] if getattr(image, "tile", None) else ""  # how the pixels are stored
     deep = re.search("(?<!BGR);16", str(how)) or image.mode[0] in "IF"  # BGR;16 has 5 to 6 bits
     if image.format == "PPM" and isinstance(how, tuple):
-        deep = how[1] > 255  # the largest value
+        deep = deep or how[1] > 255  # the largest value
     if deep or np.max(getattr(image, "tag_v2", {}).get(258, 8)) > 8:  # a TIFF's BitsPerSample
         raise ValueError("more than 8 bits in a channel, convert it to 8 bits")
     ImageOps.exif_transpose(image, in_place=True)
@@ -437,7 +437,9 @@ def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]
         print(f"data: reading {printable(source)}", file=sys.stderr, flush=True)
     found = own(source) if own else None
     if found is not None:
-        return with_test(*found) if isinstance(found, tuple) else [found]
+        pair = found if isinstance(found, tuple) else (found, None)
+        parts = [part for part in pair if part is not None]
+        return with_test(*parts) if len(parts) > 1 else parts
     name, split = split_of(source)
     parts = splits(name, crop)
     train = parts.get("train")
@@ -460,7 +462,8 @@ def splits(name: str, crop: Crop) -> dict[str, Images]:
         if there:
             warn(f"{name} is read as the set of that name; write ./{name} for the local files")
         if name == "digits":
-            return {"train": digits(4000, crop, 0), "test": digits(500, crop, 1)}
+            return {split: digits(n, crop.size, crop.channels, seed)
+                    for split, n, seed in (("train", 4000, 0), ("test", 500, 1))}
         parts = read_path(str(fetch(name)))
         return {k: replace(v, path=name, classes=KNOWN[name].classes) for k, v in parts.items()}
     if not there:
@@ -473,8 +476,9 @@ def read_path(path: str) -> dict[str, Images]:
     """The splits of a folder or file. One that holds nothing but an archive is that archive."""
     if os.path.isdir(path):
         files = list_folder(path)
-        if len(files) == 1 and not is_table(files.names[0]) and not is_image(files.names[0]):
-            return read_path(os.path.join(path, files.names[0]))
+        name = files.names[0] if len(files) == 1 else ""
+        if ending(name) in (".zip", ".npz", ".tar", ".gz", ".tgz") and not is_table(name):
+            return read_path(os.path.join(path, name))
         return read_files(files)
     if ending(path) == ".zip":
         return read_files(list_zip(path))
@@ -485,7 +489,7 @@ def read_path(path: str) -> dict[str, Images]:
     if batches:
         return read_cifar(batches)
     raise UserError(f"{printable(path)} is no folder, .zip or .npz of images; "
-                    f"{hint(path, [ending(path)], LAYOUT)}")
+                    f"{hint(path, [path])}")
 
 
 def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
@@ -496,8 +500,9 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
         raise UserError(f"{printable(path)} holds {shortened(arrays) or 'nothing'}; expected "
                         "`images` (uint8) and `labels`; " + hint(path, arrays, "rename its arrays"))
     array = arrays[pixels]
-    if array.dtype == np.float32:
-        array = array.astype(float)  # only a model's own format says what floats are: refused
+    if array.dtype != np.uint8:  # only a model's own format says what floats are
+        raise UserError(f"{printable(path)}: images are {array.dtype} {array.shape}; expected "
+                        "uint8; convert them")
     if array.ndim == 3:
         array = array[..., None]
     images = Images(printable(path), array, arrays[labels] if labels in arrays else None, classes)
@@ -512,6 +517,10 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
 
 
 # ----------------------------------------------------------------------------- files
+LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
+          "under train/ and under test/ or val/; move everything else away")
+
+
 @dataclass(eq=False)
 class Files:
     """Files of a folder or of an archive; their names are sorted and go from `path`, with /."""
@@ -530,15 +539,13 @@ class Files:
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
                      lambda name: self.read(start + name))
 
-    def unexpected(self, reason: str) -> UserError:
+    def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
         folders = collections.Counter(os.path.join(os.path.dirname(n), "") for n in self.names)
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
         return UserError(f"{printable(self.path)} holds images or tables in {found}; {reason}")
 
 
-LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
-          "under train/ and under test/ or val/; move everything else away")
 # Formats that Pillow knows by name, but that hold no pixels, or need another program to draw them.
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
@@ -647,16 +654,15 @@ def read_files(everything: Files) -> dict[str, Images]:
     data, ignored = sift(everything)
     files, _ = stepped_into(data)
     if not files.names:
-        kinds = set(map(ending, everything.names))
         raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
-                        f"reads; {ignored}; {hint(everything.path, kinds, LAYOUT)}")
+                        f"reads; {ignored}; {hint(everything.path, everything.names)}")
     tops = {name.partition("/")[0] for name in files.names}  # folders, and files that are here
     found = {name.lower(): name for name in tops if name.lower() in ("train", "test", "val")}
-    alike = [name for name in tops if re.search("^[^.]*(train|test|val|dev)[^.]*$", name, re.I)]
+    alike = all(re.match("[^/]*(train|test|val|dev)[^/]*/", name, re.I) for name in files.names)
     if "train" in found and len(found) == len(tops) > 1:
         parts = {split: read_part(files.inside(name))[""] for split, name in found.items()}
-    elif "train" in found and len(found) > 1 or len(alike) == len(tops) > 1:
-        raise files.unexpected(LAYOUT)
+    elif "train" in found and len(found) > 1 or alike and len(tops) > 1:
+        raise files.unexpected()
     else:
         parts = read_part(data)
     for part in parts.values():
@@ -691,16 +697,16 @@ def read_part(files: Files) -> dict[str, Images]:
     if tables == ["dataset.json"]:
         return {"": Images(path, replace(files, names=names), json_labels(files, names))}
     if tables and (names or "/" in "".join(tables)):
-        raise files.unexpected(LAYOUT)
+        raise files.unexpected()
     if tables:
         read = read_idx if IDX.fullmatch(tables[0]) else read_cifar
         return read_npy(files.path) if "images.npy" in tables else read(files)
     if list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
         return {"": Images(path, files, classes=[printable(outer)] if outer else None)}
     if "" in number or "/" in "".join(number):
-        raise files.unexpected(LAYOUT)
+        raise files.unexpected()
     if are_shards(names):
-        raise files.unexpected(hint(files.path, ["shards"], ""))
+        raise files.unexpected(hint(files.path, names))
     numeric = all(map(str.isdecimal, number))
     classes = sorted(set(number.values()), key=int if numeric else None)
     number = {folder: classes.index(name) for folder, name in number.items()}
@@ -732,47 +738,51 @@ def json_labels(files: Files, names: list[str]) -> list[int] | None:
 
 
 # ----------------------------------------------------------------------------- other formats
-# What else people have, and the one command that brings it over: by endings, or names of arrays.
+# What else people have, and the one command that brings it over. The keys are searched for in the
+# names of files or of an .npz's arrays; PATH is what was opened.
 ARRAYS = ("write them as this reads them (python -c 'import os, numpy as n; a = n.load(\"PATH\"); "
           "[(os.makedirs(\"OUT/\" + s), n.save(f\"OUT/{s}/images.npy\", a[IMAGES]), n.save("
           "f\"OUT/{s}/labels.npy\", a[LABELS].ravel())) for s in (\"train\", \"test\")]') and pass "
           "--data OUT")
-UNPACK = "unpack it (mkdir OUT && find PATH -type f -exec tar -xf {} -C OUT \\;), pass --data OUT"
 HINTS = {
-    "x_train": ARRAYS.replace("IMAGES", '"x_" + s').replace("LABELS", '"y_" + s'),  # Keras
-    "train_images":  # MedMNIST
+    "^x_train$": ARRAYS.replace("IMAGES", '"x_" + s').replace("LABELS", '"y_" + s'),  # Keras
+    "^train_images$":  # MedMNIST
         ARRAYS.replace("IMAGES", 's + "_images"').replace("LABELS", 's + "_labels"'),
-    "data":
+    "^data$":
         "if this is ImageNet-64, write it as this reads it (python -c 'import os, glob, numpy as "
         "n; a = [n.load(f) for f in sorted(glob.glob(\"FOLDER/train*.npz\"))]; os.makedirs("
         "\"OUT\"); n.save(\"OUT/images.npy\", n.concatenate([b[\"data\"].reshape(len(b[\"data\"]), "
         "3, -1, round((b[\"data\"].shape[1] / 3) ** .5)).transpose(0, 2, 3, 1) for b in a])); "
         "n.save(\"OUT/labels.npy\", n.concatenate([b[\"labels\"] for b in a]) - 1)') and pass "
         "--data OUT",
-    ".parquet":
+    r"\.parquet$":
         "write its images into class folders (python -c 'import os, glob, pandas as p; t = "
         "p.concat(map(p.read_parquet, sorted(glob.glob(\"FOLDER/**/train*.parquet\", "
         "recursive=True)))); x = next(c for c in t if isinstance(t[c].iloc[0], dict)); y = next("
         "c for c in t if t[c].dtype.kind in \"iu\"); [(os.makedirs(f\"OUT/{k}\", exist_ok=True), "
         "open(f\"OUT/{k}/{i:08}.png\", \"wb\").write(v[\"bytes\"])) for i, (v, k) in enumerate("
         "zip(t[x], t[y]))]') and pass --data OUT",
-    ".npz": "pass one of the .npz files",
-    ".zip": "unpack it (find PATH -name '*.zip' -exec unzip {} -d OUT \\;), pass --data OUT",
-    **dict.fromkeys([".tar", ".gz", ".tgz", ".xz", ".bz2"], UNPACK),
-    "shards":
+    r"\.(tar(\.\w+)?|tgz)$":
+        "unpack it (mkdir OUT && find PATH -type f -exec tar -xf {} -C OUT \\;), pass --data OUT",
+    r"\.zip$": "unpack it (find PATH -name '*.zip' -exec unzip {} -d OUT \\;), pass --data OUT",
+    r"\.npz$": "pass one of the .npz files",
+    r"^\d+/":
         "its folders look like numbered parts of one set, not like classes; bring the images into "
         "one folder (mkdir OUT && find PATH -type f -exec cp {} OUT \\;) and pass --data OUT; or, "
         "if they are classes, give them names",
 }
 
 
-def hint(path: str, found: Iterable[str], otherwise: str) -> str:
-    """What to do about a source in which such files or arrays were found."""
+def hint(path: str, found: Iterable[str], otherwise: str = LAYOUT) -> str:
+    """What to do about a source in which files, or arrays, of these names were found."""
+    path = re.sub(r"(\.zip)/.*", r"\1", path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    for kind, text in HINTS.items():
-        if kind in found:
-            return text.replace("find PATH", f"find {shlex.quote(path)}").replace(
-                "PATH", path).replace("FOLDER", folder)
+    for pattern, text in HINTS.items():
+        if any(re.search(pattern, name) for name in found):
+            if path.endswith(".zip"):
+                text = re.sub("mkdir.* cp {} OUT .;", "unzip -j PATH -d OUT", text)
+            text = text.replace(" PATH ", f" {shlex.quote(path)} ")
+            return text.replace("PATH", path).replace("FOLDER", folder)
     return otherwise
 
 
@@ -919,8 +929,7 @@ def download(url: str, sha256: str, folder: Path, file) -> None:
             file.write(block)
             progress(file.tell() >> 20)
         if digest.hexdigest() != sha256:
-            raise ValueError(f"got {file.tell():,} bytes with the sha256 {digest.hexdigest()}, "
-                             f"expected the sha256 {sha256}")
+            raise ValueError(f"its sha256 is {digest.hexdigest()}, expected {sha256}")
 
 
 # ----------------------------------------------------------------------------- built-in digits
@@ -940,21 +949,17 @@ def draw_digit(label: int, size: int, rng: np.random.Generator) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=4)
-def drawn_digits(num: int, size: int, channels: int, seed: int) -> np.ndarray:
+def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
     """Draws `num` digits, all classes in turn; image i depends on (seed, i) alone."""
+    if size is None:
+        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
+                        "other images instead")
     progress = Progress(f"drawing digits of {size}x{size}", num, quiet=processes()[0] > 0)
     array = np.empty((num, size, size, channels), np.uint8)
     for i in range(num):
-        array[i] = Crop(None, channels)(draw_digit(i % 10, size, np.random.default_rng([seed, i])))
+        image = draw_digit(i % 10, size, np.random.default_rng([seed, i]))
+        array[i] = Crop(None, channels)(image)
         progress(i + 1)
-    return array
-
-
-def digits(num: int, crop: Crop, seed: int) -> Images:
-    if not crop.size:
-        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
-                        "other images instead")
-    array = drawn_digits(num, crop.size, crop.channels, seed)
     return Images("digits", array, np.arange(num) % 10, list("0123456789"))
 
 
@@ -1054,8 +1059,9 @@ def batches(
             order = np.random.default_rng([seed, number]).permutation(len(images))
         return order, np.random.default_rng([seed, number, 1]).random(len(order)) < 0.5
 
+    m = len(epoch(0)[0])
+
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        m = len(epoch(0)[0])
         uid = step * batch_size + rank * share + np.arange(share)
         places, mirrored = zip(*([part[g % m] for part in epoch(g // m)] for g in uid), strict=True)
         pixels, labels = images.batch(places)

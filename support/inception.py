@@ -6,11 +6,10 @@ A feature network maps images (N, 3, H, W) uint8 to features (N, D) float32. It 
 """
 import hashlib
 import io
-import sys
-import urllib.request
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import Progress, UserError, cache_directory, expanded, reading, write_file
+from support.data import download
 from support.distributed import gather, share
 
 WEIGHTS_URL = (
@@ -202,29 +202,16 @@ def load_inception(path: str | None = None) -> Inception:
     """The Inception network with pytorch-fid's weights, from `path` or downloaded once."""
     file = expanded(path) if path else cache_directory() / WEIGHTS_URL.rpartition("/")[2]
     if not path and not file.exists():
-        download_weights(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, partial(download, WEIGHTS_URL, WEIGHTS_SHA256, file.parent))
     with reading(file, f"expected the file from {WEIGHTS_URL}"):
         content = file.read_bytes()
-        check_weights(content)
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != WEIGHTS_SHA256:
+            raise ValueError(f"its sha256 is {digest}, expected {WEIGHTS_SHA256}")
         model = Inception()
         model.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
     return model.eval()
-
-
-def check_weights(content: bytes) -> None:
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != WEIGHTS_SHA256:
-        raise ValueError(f"its sha256 is {digest}, expected {WEIGHTS_SHA256}")
-
-
-def download_weights(file: Path) -> None:
-    print("downloading the weights of FID's Inception, 91 MiB", file=sys.stderr, flush=True)
-    with reading(WEIGHTS_URL, "download it in another way and pass it with --weights PATH"):
-        with urllib.request.urlopen(WEIGHTS_URL, timeout=30) as response:
-            content = response.read()
-        check_weights(content)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, lambda out: out.write(content))
 
 
 # ----------------------------------------------------------------------------- any other network
@@ -281,10 +268,10 @@ class Statistics:
     path: str
     mu: np.ndarray  # (D,)
     sigma: np.ndarray  # (D, D)
-    name: str = "unknown features"  # of the network
+    name: str  # of the network
     digest: str | None = None  # of its file
     resize: str = "unknown"  # what is done to images before the network
-    num: int | None = None  # how many images
+    num: int | None = None  # how many images; None: unknown
     pool: Tensor = torch.empty(0)  # (min(N, KEPT), D), in a random order, the same every time
     grey: bool | None = None  # whether all images are
 
@@ -295,7 +282,7 @@ def read_statistics(path: str, arrays) -> Statistics:
     sigma = arrays["sigma"].astype(np.float64)
     if sigma.shape != (len(mu), len(mu)) or not np.isfinite([mu.sum(), sigma.sum()]).all():
         raise ValueError(f"got mu {mu.shape}, sigma {sigma.shape}, expected finite (D,), (D, D)")
-    found = Statistics(path, mu, sigma)
+    found = Statistics(path, mu, sigma, f"unknown features ({len(mu)} values)")
     if "features_sha256" in arrays:
         found.name = str(arrays["features"])
         found.digest = str(arrays["features_sha256"])
@@ -326,8 +313,7 @@ class Source:
     path: str
     num: int
     shape: tuple[int, ...]  # of an image: (H, W, C)
-    batches: Iterable  # of this process: numbers (b,), images (b, H, W, C)
-    floats: bool = False  # whether the images are float32, such as latents, instead of uint8
+    batches: Iterable  # of this process: numbers (b,), images (b, H, W, C) uint8 or float32
 
 
 def measure(source: Source, known: Statistics | None, network,
@@ -336,57 +322,44 @@ def measure(source: Source, known: Statistics | None, network,
 
     `known` are those in its file: if `network` made them they are used, as in ADM's evaluator.
     """
-    features, grey = features_of(source, network, device)
-    parts = gather(features)
-    if not parts:
+    batches = list(features_of(source, network, device))
+    everyone = gather(batches)
+    if not everyone:
         return None
-    features = np.concatenate(parts)  # (num, D), in the order of the images
-    # The Inception Score needs its images in random order; this order is torch-fidelity's.
-    order = np.random.RandomState(2020).permutation(source.num)
-    pool = torch.from_numpy(without_nan(features[order[:KEPT]]))
-    features = without_nan(features)
-    num = len(features)
+    batches = sum(everyone, [])
+    num = sum(len(numbers) for numbers, _, _ in batches)
     if num < 2:
         raise UserError(f"{source.path}: got {num} images, expected at least 2")
-    if known and known.digest == network.digest:
-        known.pool = pool
-        known.grey = grey
-        return known
-    mu = features.mean(0, dtype=np.float64)
-    sigma = np.cov(features, rowvar=False)  # in float64 too
-    return Statistics(
-        source.path, mu, sigma, network.name, network.digest, network.resize, num, pool, grey)
+    numbers, features = [np.concatenate(parts) for parts in zip(*batches, strict=True)][:2]
+    # The Inception Score needs its images in random order; this order is torch-fidelity's.
+    place = np.random.RandomState(2020).permutation(source.num).argsort()
+    pool = torch.from_numpy(features[place[numbers].argsort()[:KEPT]])
+    statistics = known
+    if not known or known.digest != network.digest:
+        mu = features.mean(0, dtype=np.float64)
+        sigma = np.cov(features, rowvar=False)  # in float64 too
+        statistics = Statistics(
+            source.path, mu, sigma, network.name, network.digest, network.resize, num)
+    statistics.pool = pool
+    statistics.grey = all(grey.all() for _, _, grey in batches)
+    return statistics
 
 
-def features_of(source: Source, network, device: torch.device) -> tuple[np.ndarray, bool]:
-    """The features (n, D) float32 of this process's images, and whether all these are grey.
-
-    NaN stands where a sample was left out.
-    """
-    part = share(source.num)
-    progress = Progress(f"{source.path}: image", len(part))
-    H, W, C = source.shape
-    if source.floats:
-        blank = torch.zeros(1, C, H, W, device=device)
-    else:
-        blank = torch.zeros(1, 3, H, W, dtype=torch.uint8, device=device)
-    D = network(blank).shape[1]
-    features = np.full((len(part), D), np.nan, np.float32)
-    grey = True
+def features_of(source: Source, network, device: torch.device) -> Iterator[tuple]:
+    """For each batch: numbers (b,), features (b, D) float32, and which images (b,) are grey."""
+    progress = Progress(f"{source.path}: image", len(share(source.num)))
+    done = 0
     for numbers, images, *_ in source.batches:
         if len(numbers) == 0:  # none of these samples was finite
             continue
-        grey = grey and bool((images == images[..., :1]).all())
         pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
-        h = network(pixels.expand(-1, blank.shape[1], -1, -1)).cpu().numpy()  # grey becomes RGB
+        if not pixels.is_floating_point():
+            pixels = pixels.expand(-1, 3, -1, -1)  # grey becomes RGB
+        h = network(pixels).cpu().numpy()
         finite = np.isfinite(h).all(1)
         if not finite.all():
             raise UserError(f"{source.path}: {network.name} gives image {numbers[~finite][0]} "
                             "features that are not finite; remove the image or use other features")
-        features[numbers - part.start] = h
-        progress(int(numbers[-1]) + 1 - part.start)
-    return features, grey
-
-
-def without_nan(rows: np.ndarray) -> np.ndarray:
-    return rows[~np.isnan(rows[:, 0])]
+        done += len(numbers)
+        progress(done)
+        yield numbers, h, (images == images[..., :1]).all((1, 2, 3))

@@ -200,12 +200,12 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
     cached = tmp_path / "cache" / "farmer" / "weights.pth"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(inception, "WEIGHTS_URL", source.as_uri())
-    with pytest.raises(cli.UserError, match=f"{source.as_uri()}.*--weights PATH"):  # no network
+    with pytest.raises(cli.UserError, match=f"{source.as_uri()}.*weights.pth into"):  # no network
         inception.load_inception()
     source.write_bytes(b"other weights")
     digest = hashlib.sha256(b"other weights").hexdigest()
     for path in (None, str(source)):
-        with pytest.raises(cli.UserError, match=f"weights.pth.*its sha256 is {digest}"):
+        with pytest.raises(cli.UserError, match=f"weights.pth.*sha256 (is )?{digest}"):
             inception.load_inception(path)
     assert not cached.exists()
     torch.save({}, source)
@@ -427,7 +427,7 @@ def test_a_mistake_is_one_line(argv, expected, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("module, expected", [
-    (torch.nn.Threshold(0.0, torch.nan), "returned (1, 3, 4, 4)"),
+    (torch.nn.Threshold(0.0, torch.nan), "returned (9, 3, 4, 4)"),
     (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(0.0, torch.nan)), "not finite"),
     (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 2)), "cannot be multiplied"),
     (None, "torch.jit.script"),
