@@ -468,21 +468,19 @@ def open_data(config, train: Train, run: Run, num_classes: int | None, module):
     return split
 
 
-# ----------------------------------------------------------------------------- training
-def train_model(args, how: How, name: str, module, saved: Saved | None, out: Path,
-                device: torch.device) -> None:
-    """Trains to the last step, saving into `out`.
+def begin(args, how: How, name: str, module, saved: Saved | None, out: Path, device: torch.device,
+          resuming: bool):
+    """What a run begins with: (Train, Run, Split, model, net, optimizers).
 
-    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
+    `net` computes the loss and is trained: the model itself, or the distiller of its student. The
+    model is None where the run is finished already. All that a user can do wrong shows here, before
+    the first file is written, and all processes begin with the same.
     """
     rank, world = rank_and_world()
-    file = out / "ckpt.pt"
-    resuming = saved is not None and saved.file == file
     facts = {}
-
-    # 1. What to train, and from which step.
     with agreeing(facts):
-        check_folder(out, resuming or rank > 0)
+        if rank == 0:
+            check_folder(out, resuming)
         precision = pick_precision(how.precision, device)
         model = None
         if saved is None:
@@ -496,23 +494,19 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                 train, run = distilled_run(args, model, saved, precision)
         train = dataclasses.replace(train, data=absolute(train.data))
         run.training = dataclasses.asdict(train)
-        micro_batch = how.micro_batch or max(1, train.batch_size // world)
-        passes, rest = divmod(train.batch_size, world * micro_batch)
-        if rest:
-            raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
-                            f"(processes) x micro-batch {micro_batch}; change one of these")
+        passes = world * (how.micro_batch or 1)
+        if train.batch_size % passes:
+            raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {passes}: "
+                            "processes times --micro-batch; change one of these")
         facts |= run.training | dict(model=name, step=run.step, precision=run.precision)
         del facts["data"]  # may lie elsewhere on another machine
     if run.step >= train.steps:
-        if rank == 0:
-            print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
-        return
+        return train, run, None, None, None, None
     if args.resume and not resuming:
         warn(f"{out} holds no ckpt.pt yet: starting at step 0")
 
-    # 2. Data and model. A new model gets as many classes as the data has, or --num-classes. `net`
-    # computes the loss and is trained: the model itself, or the distiller of its student.
     with agreeing(facts):
+        # A new model gets as many classes as the data has, or --num-classes.
         num_classes = args.num_classes if model is None else config.num_classes
         split = open_data(config, train, run, num_classes, module)
         facts["images"] = split.digest
@@ -528,9 +522,31 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
             raise UserError("--compile, --checkpointing: got one of them, but the model lists no "
                             "layers(); leave it out")
         opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
-    with agreeing(facts):  # all is well: now the folder is made
+    return train, run, split, model, net, opts
+
+
+# ----------------------------------------------------------------------------- training
+def train_model(args, how: How, name: str, module, saved: Saved | None, out: Path,
+                device: torch.device) -> None:
+    """Trains to the last step, saving into `out`.
+
+    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
+    """
+    rank, world = rank_and_world()
+    file = out / "ckpt.pt"
+    resuming = saved is not None and saved.file == file
+    train, run, split, model, net, opts = begin(
+        args, how, name, module, saved, out, device, resuming)
+    if model is None:
+        if rank == 0:
+            print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
+        leave()
+        return
+    with agreeing({}):
         if rank == 0:
             lock = lock_folder(out, resuming)  # noqa: F841  (held until this function ends)
+    micro_batch = how.micro_batch or train.batch_size // world
+    passes = train.batch_size // (world * micro_batch)
     compiling = device.type == "cuda" if args.compile is None else args.compile
     prepare_layers(net, compiling, how.checkpointing)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -571,7 +587,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
     if run.step == 0:
         save_run()  # a run that diverges early leaves something to look at
         if rank == 0 and not model.floats:
-            sheet = data_sheet(split.train, run.classes, config.num_classes)
+            sheet = data_sheet(split.train, run.classes, model.config.num_classes)
             write_picture(out / "data.png", sheet)
     else:
         with reading(file, "use an older checkpoint"):
@@ -589,7 +605,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         if compiling:
             print("compiling the layers (about a minute)", flush=True)
 
-    # 3. The steps.
+    # The steps.
     order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
     source = batches(
         split.train, batch_size=train.batch_size, start_step=run.step, seed=train.seed,
@@ -667,7 +683,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                 last = step == train.steps
                 if last or step in (1, 2, 5, 10, 20) or step % how.log_every == 0:
                     values = log.means() | dict(lr=lr, sigma=sigma, skipped=run.skipped)
-                    pace = (time.monotonic() - start) / (step - start_step)  # seconds a step
+                    pace = max(time.monotonic() - start, 1e-9) / (step - start_step)  # s a step
                     run.minutes += pace * (step - start_step) / 60
                     values |= dict(images_per_s=train.batch_size / pace, minutes=run.minutes)
                     log.write(step, values, f"{duration(pace * (train.steps - step))} left")

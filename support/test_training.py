@@ -367,19 +367,20 @@ class Model(Model):
 def test_floats_and_vectors_train_resume_are_scored_and_sampled_as_they_are(
         small_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "floats.py").write_text(FLOATS)
-    (tmp_path / "half").mkdir()
 
     def keep(path, model, **extra):
         checkpoints.save(path, model, **extra)
-        if extra["step"] == 2:
-            shutil.copy(path, "half")
+        if path.parent.name == "run":
+            Path(f"from{extra['step']}").mkdir()
+            shutil.copy(path, f"from{extra['step']}")
 
     monkeypatch.setattr(train, "save", keep)
     argv = [*FLAGS, "--model", "floats", "--data", "latents", "--num-classes", "0", "--holdout",
             "5", "--label-drop", "0.4", "--save-every", "2", "--noise-end", "2"]
     train.main(argv)
-    train.main(["--resume", "--out", "half"])
-    assert same_weights(weights(tmp_path / "run"), weights(tmp_path / "half"))
+    for step in (0, 2):
+        train.main(["--resume", "--out", f"from{step}"])
+        assert same_weights(weights(tmp_path / "run"), weights(tmp_path / f"from{step}"))
     assert not (tmp_path / "run/samples.png").exists() and logged("val_images") == [5]
     capsys.readouterr()
     train.main(["--eval", "run"])
