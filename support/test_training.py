@@ -379,7 +379,7 @@ def test_floats_and_vectors_train_resume_are_scored_and_sampled_as_they_are(
             "5", "--label-drop", "0.4", "--save-every", "2", "--noise-end", "2"]
     train.main(argv)
     for step in (0, 2):
-        train.main(["--resume", "--out", f"from{step}"])
+        train.main(["--resume", "--out", f"from{step}", "--micro-batch", "2"])
         assert same_weights(weights(tmp_path / "run"), weights(tmp_path / f"from{step}"))
     assert not (tmp_path / "run/samples.png").exists() and logged("val_images") == [5]
     capsys.readouterr()
