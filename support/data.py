@@ -485,9 +485,8 @@ def read_path(path: str) -> dict[str, Images]:
     if ending(path) == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {"": read_arrays(path, arrays)}
-    batches = list_tar(path) if tarfile.is_tarfile(path) else []
-    if batches:
-        return read_cifar(batches)
+    if tarfile.is_tarfile(path) and list_tar(path).tables:
+        return read_cifar(list_tar(path))
     raise UserError(f"{printable(path)} is no folder, .zip or .npz of images; "
                     f"{hint(path, [path])}")
 
@@ -526,8 +525,9 @@ class Files:
     """Files of a folder or of an archive; their names are sorted and go from `path`, with /."""
 
     path: str
-    names: list[str]
+    names: list[str]  # of images, once they have been sifted
     read: Callable[[str], bytes]
+    tables: list[str] = field(default_factory=list)  # that hold many images, or their labels
 
     def __len__(self):
         return len(self.names)
@@ -535,13 +535,15 @@ class Files:
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
         start = os.path.join(folder, "")  # nothing for ""
-        names = [name.removeprefix(start) for name in self.names if name.startswith(start)]
+        names, tables = ([n.removeprefix(start) for n in every if n.startswith(start)]
+                         for every in (self.names, self.tables))
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
-                     lambda name: self.read(start + name))
+                     lambda name: self.read(start + name), tables)
 
     def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
-        folders = collections.Counter(os.path.join(os.path.dirname(n), "") for n in self.names)
+        folders = collections.Counter(
+            os.path.join(os.path.dirname(name), "") for name in sorted(self.names + self.tables))
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
         return UserError(f"{printable(self.path)} holds images or tables in {found}; {reason}")
 
@@ -616,7 +618,7 @@ def list_tar(path: str) -> Files:
             name = os.path.basename(member.name)
             if member.isfile() and CIFAR.fullmatch(name):
                 contents[name] = archive.extractfile(member).read()
-    return Files(path, sorted(contents), contents.__getitem__)
+    return Files(path, [], contents.__getitem__, sorted(contents))
 
 
 def sift(files: Files) -> tuple[Files, str]:
@@ -635,17 +637,20 @@ def sift(files: Files) -> tuple[Files, str]:
         found = [p for p in places if p in runs or is_hidden(os.path.basename(p))]
         return f"in {found[0] or '.'}" if found else ""
 
-    data = []
+    images = []
+    tables = []
     others = collections.Counter()
     for name, (folder, base) in zip(files.names, split, strict=True):
         if ignored(folder):
             others[ignored(folder)] += 1
-        elif (is_image(base) or is_table(base)) and not is_hidden(base):
-            data.append(name)
+        elif is_image(base) and not is_hidden(base):
+            images.append(name)
+        elif is_table(base):
+            tables.append(name)
         elif base not in ("", "labels.npy", "classes.json"):
             others["hidden " * is_hidden(base) + (ending(base) or base)] += 1
     words = printable(shortened([f"{n} {what}" for what, n in others.items()], 12))
-    return replace(files, names=data), f"ignored: {words}" * bool(words)
+    return replace(files, names=images, tables=tables), f"ignored: {words}" * bool(words)
 
 
 # ----------------------------------------------------------------------------- layouts
@@ -653,12 +658,13 @@ def read_files(everything: Files) -> dict[str, Images]:
     """The splits in a folder or an archive: train, test and val, or a single one without a name."""
     data, ignored = sift(everything)
     files, _ = stepped_into(data)
-    if not files.names:
+    names = files.names + files.tables
+    if not names:
         raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
                         f"reads; {ignored}; {hint(everything.path, everything.names)}")
-    tops = {name.partition("/")[0] for name in files.names}  # folders, and files that are here
+    tops = {name.partition("/")[0] for name in names}  # folders, and files that are here
     found = {name.lower(): name for name in tops if name.lower() in ("train", "test", "val")}
-    alike = all(re.match("[^/]*(train|test|val|dev)[^/]*/", name, re.I) for name in files.names)
+    alike = all(re.match("[^/]*(train|test|val|dev)[^/]*/", name, re.I) for name in names)
     if "train" in found and len(found) == len(tops) > 1:
         parts = {split: read_part(files.inside(name))[""] for split, name in found.items()}
     elif "train" in found and len(found) > 1 or alike and len(tops) > 1:
@@ -671,42 +677,41 @@ def read_files(everything: Files) -> dict[str, Images]:
 
 
 def stepped_into(files: Files) -> tuple[Files, str]:
-    """The files in the folder that all data are in, images first, and the name of that folder.
+    """The files in the folder that all data are in, and the name of that folder.
 
     Where there are images, a table that does not lie beside or above all of them is no data.
     """
-    images = [name for name in files.names if is_image(name)]
-    tables = [name for name in files.names if not is_image(name)]
-    data = images or [name for name in tables if os.path.basename(name) != "dataset.json"]
-    root = os.path.commonprefix([data[0], data[-1]]).rpartition("/")[0] if data else ""  # sorted
-    if images:
+    tables = files.tables
+    if not files.names:
+        tables = [name for name in tables if os.path.basename(name) != "dataset.json"]
+    data = files.names or tables
+    root = os.path.commonprefix([*data[:1], *data[-1:]]).rpartition("/")[0]  # they are sorted
+    if files.names:
         tables = [n for n in tables if f"{root}/".startswith(os.path.join(os.path.dirname(n), ""))]
         root = os.path.dirname(min(tables, key=len)) if tables else root
-    kept = replace(files, names=images + tables if data else [])
-    return kept.inside(root), os.path.basename(root)
+    return replace(files, tables=tables).inside(root), os.path.basename(root)
 
 
 def read_part(files: Files) -> dict[str, Images]:
     """One split, or those that idx files and CIFAR-10's batches hold."""
     files, outer = stepped_into(files)
     path = printable(files.path)
-    names = [name for name in files.names if is_image(name)]
-    tables = files.names[len(names):]
-    folders = [os.path.dirname(name) for name in names]
+    folders = [os.path.dirname(name) for name in files.names]
     number = {folder: printable(folder) for folder in set(folders)}
-    if tables == ["dataset.json"]:
-        return {"": Images(path, replace(files, names=names), json_labels(files, names))}
-    if tables and (names or "/" in "".join(tables)):
+    if files.tables == ["dataset.json"]:
+        return {"": Images(path, files, json_labels(files))}
+    if files.tables and (files.names or "/" in "".join(files.tables)):
         raise files.unexpected()
-    if tables:
-        read = read_idx if IDX.fullmatch(tables[0]) else read_cifar
-        return read_npy(files.path) if "images.npy" in tables else read(files)
+    if "images.npy" in files.tables:
+        return read_npy(files.path)
+    if files.tables:
+        return read_idx(files) if IDX.fullmatch(files.tables[0]) else read_cifar(files)
     if list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
         return {"": Images(path, files, classes=[printable(outer)] if outer else None)}
     if "" in number or "/" in "".join(number):
         raise files.unexpected()
-    if are_shards(names):
-        raise files.unexpected(hint(files.path, names))
+    if are_shards(files.names):
+        raise files.unexpected(hint(files.path, files.names))
     numeric = all(map(str.isdecimal, number))
     classes = sorted(set(number.values()), key=int if numeric else None)
     number = {folder: classes.index(name) for folder, name in number.items()}
@@ -728,13 +733,13 @@ def are_shards(names: list[str]) -> bool:
     return all(found) and all(int(a[1]) < int(b[1]) for a, b in itertools.pairwise(found))
 
 
-def json_labels(files: Files, names: list[str]) -> list[int] | None:
+def json_labels(files: Files) -> list[int] | None:
     """The labels in dataset.json, {"labels": [[name, label], ...]}; None if it says null."""
     path = f"{printable(files.path)}/dataset.json"
     with reading(path, 'expected {"labels": [[name, label], ...]} with all images; correct it'):
         pairs = json.loads(files.read("dataset.json"))["labels"]
         table = dict(pairs or [])
-        return None if pairs is None else [operator.index(table[name]) for name in names]
+        return None if pairs is None else [operator.index(table[name]) for name in files.names]
 
 
 # ----------------------------------------------------------------------------- other formats
@@ -791,7 +796,7 @@ def read_idx(files: Files) -> dict[str, Images]:
     """The splits in idx files, MNIST's format."""
     parts = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        if any(name.startswith(prefix) for name in files.names):
+        if any(name.startswith(prefix) for name in files.tables):
             arrays = {kind: idx_array(files, f"{prefix}-{kind}") for kind in ("images", "labels")}
             parts[split] = read_arrays(files.path, arrays)
     return parts
@@ -799,7 +804,7 @@ def read_idx(files: Files) -> dict[str, Images]:
 
 def idx_array(files: Files, stem: str) -> np.ndarray:
     """The array in the file whose name begins with `stem`, unpacked if there is also a .gz."""
-    name = next((name for name in files.names if name.startswith(stem)), None)
+    name = next((name for name in files.tables if name.startswith(stem)), None)
     path = printable(files.path)
     if not name:
         raise UserError(f"{path} has no {stem}-idx file beside the others; add it")
@@ -818,7 +823,7 @@ def read_cifar(files: Files) -> dict[str, Images]:
     path = printable(files.path)
     parts = {}
     for split, stem, count in (("train", "data_batch", 5), ("test", "test_batch", 1)):
-        names = [name for name in files.names if name.startswith(stem)]
+        names = [name for name in files.tables if name.startswith(stem)]
         names = [name for name in names if name.endswith(".bin")] or names
         if len(names) not in (0, count):
             raise UserError(f"{path} holds {len(names)} of CIFAR-10's {count} training batches; "
