@@ -343,6 +343,10 @@ def main(argv: list[str] | None = None) -> None:
         elif any(source for source, _ in sides):
             network = load_inception(args.weights).to(device)
         check_networks(sides, network)
+        sizes = {source.shape[:2] for source, _ in sides if source}
+        if len(sizes) > 1:  # samples that are not square
+            cli.warn(f"SAMPLES and REFERENCE are images of {' and '.join(map(str, sizes))} pixels: "
+                     "the distance includes that; bring them to one size")
         facts["images"] = [source and source.num for source, _ in sides]
 
     statistics = [measure(source, known, network, device) if source else known

@@ -136,6 +136,8 @@ def test_a_student_row_is_distilled_and_a_script_that_fails_is_one_line(monkeypa
     assert [command[1] for command in commands] == ["--preset", "--distill"]
     assert commands[1][2] == commands[0][commands[0].index("--out") + 1] != student
     monkeypatch.undo()
+    finished = tables.Row("finished", "assets/fashion.pt", {})
+    assert tables.trained(finished, 0) == tables.REPOSITORY / "assets/fashion.pt"
     with pytest.raises(tables.UserError, match="figures.py none ended with exit code 2"):
         tables.run("results/figures.py", "none", show=True)
     assert "d_I" in tables.run("results/figures.py", "--help")
@@ -486,6 +488,7 @@ def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch, capsys):
     for command in commands:
         benchmark.parse(command)
     fails(capsys, benchmark, ["train", *SMALL, "--against", "farmer:none"], "none", "fashion")
+    fails(capsys, benchmark, SMALL, "COMMAND")
 
 
 # ----------------------------------------------------------------------------- figures.py

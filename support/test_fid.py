@@ -253,6 +253,8 @@ def test_the_reference_gets_the_size_of_the_samples_as_training_does_it(tmp_path
     small = write_npz(tmp_path / "small.npz", some_images(9, size=2))
     fails(capsys, fid, [a, small, *flags], "--enlarge")
     run(capsys, a, small, "--enlarge", *flags)
+    tall = write_npz(tmp_path / "tall.npz", some_images(9)[:, :3])  # is not square
+    assert "warning: SAMPLES and REFERENCE" in run(capsys, tall, b, *flags).err
 
 
 def test_saved_statistics_stand_for_their_images_and_come_first(tmp_path, capsys, sides):
