@@ -14,6 +14,9 @@ table numbers are those of arXiv v2. The word "open" marks what the paper does n
     T  sequence length    W    width of a Transformer        w    guidance weight
     n  flow blocks        D    values of an image = N d      c    class, or null for none
 
+Images are (B, C, H, W). Z_t are the tokens after flow block t, and Z_0 is X, whitened if so set.
+T_pi, T_sigma and the like are the temperatures of Table 6, pi_t the order of the tokens in block t.
+
 Random numbers come from torch.Generator objects, so that a seed determines every image.
 Log-probabilities and log-determinants are in nats.
 """
@@ -32,8 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLOW_LOG_SCALE_BOUND = 3.0  # with an unbounded log sigma, training diverges and samples overflow
-MIXTURE_LOG_SCALE_BOUND = 7.0  # far beyond what training reaches; keeps exp finite
+# Bounds (open). Without the first, on a, training diverges and samples overflow. The second, on the
+# log sigma of a mixture, is far beyond what training reaches and keeps exp finite.
+FLOW_LOG_SCALE_BOUND = 3.0
+MIXTURE_LOG_SCALE_BOUND = 7.0
 
 # One generator for each image, or one for the whole batch, where None is torch's global one.
 Generators = list[torch.Generator] | torch.Generator | None
@@ -79,11 +84,11 @@ def random(law: Callable, B: int, shape: tuple, generators: Generators, like: Te
 
 
 class Noise(NamedTuple):
-    """The random numbers behind draws from mixtures, made in advance and in a fixed order."""
+    """The random numbers of draws from mixtures, all made in advance: so a seed fixes the draws."""
 
     u: Tensor  # (B, ..., S) uniform in [0, 1): picks the component of each candidate
     eps: Tensor  # (B, ..., S, d) standard normal: places each candidate within its component
-    pick: Tensor  # (B, ..., draws) uniform in [0, 1): picks draws among the candidates
+    pick: Tensor  # (B, ..., draws) uniform in [0, 1): picks candidates, for resampling alone
 
     def token(self, i: int) -> Noise:
         """The random numbers of token i; the second axis counts tokens."""
@@ -106,7 +111,7 @@ def categorical(logits: Tensor, u: Tensor) -> Tensor:
     """
     cdf = logits.double().softmax(-1).cumsum(-1)  # float32 loses accuracy over many candidates
     index = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)
-    return index.clamp(max=logits.shape[-1] - 1)
+    return index.clamp(max=logits.shape[-1] - 1)  # NaN logits: the image is left out later
 
 
 # ----------------------------------------------------------------------------- mixtures
@@ -146,18 +151,14 @@ class GMM(NamedTuple):
         replaces a (B, S, K, d) tensor by matrix products. Where |mu| >> sigma these nearly cancel,
         so they are computed in float64.
         """
-        with full_precision(z):
-            z64 = z.double()
-            logits = self.logits.double()
-            mu = self.mu.double()
-            log_sigma = self.log_sigma.double()
-            precision = torch.exp(-2 * log_sigma)  # (B, K, d)
-            mu_term = (mu.square() * precision).sum(-1).unsqueeze(1)  # (B, 1, K)
-            square = z64.square() @ precision.mT - 2 * z64 @ (mu * precision).mT + mu_term
-            constant = 0.5 * z.shape[-1] * math.log(2 * math.pi)
-            log_pi = logits.log_softmax(-1) - log_sigma.sum(-1) - constant  # (B, K)
-            log_p = torch.logsumexp(-0.5 * square + log_pi.unsqueeze(1), -1)  # of (B, S, K)
-            return log_p.to(z.dtype)
+        logits, mu, log_sigma = (part.double() for part in self)
+        z64 = z.double()
+        precision = torch.exp(-2 * log_sigma)  # (B, K, d)
+        mu_term = (mu.square() * precision).sum(-1).unsqueeze(1)  # (B, 1, K)
+        square = z64.square() @ precision.mT - 2 * z64 @ (mu * precision).mT + mu_term  # (B, S, K)
+        constant = 0.5 * z.shape[-1] * math.log(2 * math.pi)
+        log_pi = logits.log_softmax(-1) - log_sigma.sum(-1) - constant  # (B, K)
+        return torch.logsumexp(-0.5 * square + log_pi.unsqueeze(1), -1).to(z.dtype)
 
     def sample(self, u: Tensor, eps: Tensor) -> Tensor:
         """Draws S vectors from each mixture -> z (..., S, d).
@@ -180,8 +181,8 @@ class GMM(NamedTuple):
 
     def halves(self) -> tuple[GMM, GMM]:
         """Splits a doubled batch (2B, ...) into p(z|c) and p(z), each (B, ...)."""
-        first, second = zip(*(part.chunk(2) for part in self), strict=True)
-        return self._make(first), self._make(second)
+        B = len(self.logits) // 2
+        return self._make(part[:B] for part in self), self._make(part[B:] for part in self)
 
 
 # ----------------------------------------------------------------------------- Transformer
@@ -246,7 +247,7 @@ class Layer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.append(k, v)
-        if T == 1:  # it attends to all of the cache (`T > 1` as an argument would not compile)
+        if T == 1:  # one new token sees the whole cache; `causal and T > 1` would break compiling
             causal = False
         read = attention(q, k, v, causal)
         h = h + self.out(read.transpose(1, 2).reshape(B, T, W))
@@ -280,7 +281,7 @@ class Transformer(nn.Module):
 
 
 def find_layers(module: nn.Module) -> list[nn.Module]:
-    """The repeated layers in a module: whatever any of its parts holds in a list `layers`."""
+    """The repeated layers in a module: what any of its parts holds in a ModuleList `layers`."""
     stacks = [getattr(part, "layers", None) for part in module.modules()]
     return [layer for stack in stacks if isinstance(stack, nn.ModuleList) for layer in stack]
 
@@ -312,8 +313,8 @@ def affine_inverse(z: Tensor, mu: Tensor, a: Tensor) -> Tensor:
 class FlowBlock(nn.Module):
     """f_t of Eq. 8: shifts and scales token i by what a causal Transformer reads in earlier ones.
 
-    The first token is left unchanged. The paper's flow ignores the labels (B,). All methods of flow
-    and student pass them on, so that a fork makes the flow class-conditional by `context` alone.
+    The first token is left unchanged. Labels (B,) are unused, since the paper's flow ignores the
+    class; they are passed on everywhere so that a fork can use them, in `context`.
     """
 
     def __init__(self, config: Config, flip: bool):
@@ -336,10 +337,7 @@ class FlowBlock(nn.Module):
         return self.order(x)
 
     def context(self, labels: Tensor | None) -> Tensor:
-        """What is added to the tokens' embeddings, in this block's order: (1, N, W) or (B, N, W).
-
-        Here it is the position alone; a class-conditional fork adds an embedding of the class.
-        """
+        """What is added to the embeddings: here the positions, (1, N, W) in this block's order."""
         return self.order(self.pos().unsqueeze(0))
 
     def hidden(self, x: Tensor, context: Tensor, cache: list[KVCache] | None = None,
@@ -384,8 +382,8 @@ class FlowBlock(nn.Module):
         """
         z = self.order(z)
         h = self.hidden(z, self.context(labels), causal=False)
-        mu, a = self.mu_a(h)
-        x = torch.cat([z[:, :1], affine_inverse(z[:, 1:], mu[:, :-1], a[:, :-1])], 1)
+        mu, a = self.mu_a(h[:, :-1])
+        x = torch.cat([z[:, :1], affine_inverse(z[:, 1:], mu, a)], 1)
         return self.unorder(x)
 
 
@@ -393,7 +391,8 @@ class Flow(nn.Module):
     """F = f_n o ... o f_1 (Eq. 8-10), between a fixed map of the channels and the final flip.
 
     The blocks alternate between raster and reverse order, as in TarFlow. Which order the last one
-    has is open: here it is raster order, so that the final flip makes the AR read in reverse.
+    has is open: here it is raster order, so that with the final flip the AR reads against it. The
+    map is not in the paper, and off in its presets.
     """
 
     def __init__(self, config: Config):
@@ -405,7 +404,7 @@ class Flow(nn.Module):
         self.blocks = nn.ModuleList(
             FlowBlock(config, flip=(n - 1 - t) % 2 == 1) for t in range(n))
         self.register_buffer("mean", torch.zeros(d))
-        self.register_buffer("map", torch.eye(d))  # Z_0 = (X - mean) map, with `whiten`
+        self.register_buffer("map", torch.eye(d))  # with `whiten`, Z_0 = (X - mean) map
         self.register_buffer("inverse_map", torch.eye(d))
         self.register_buffer("map_logdet", torch.zeros(()))  # log|det map| of one token, nats
 
@@ -413,13 +412,15 @@ class Flow(nn.Module):
     def fit(self, X: Tensor) -> None:
         """With `whiten`, sets the fixed map of the channels from patches X (B, N, d).
 
-        It is their PCA, largest variance first, scaled to unit variance. Training leaves it as it
-        is, so the model remains an exact flow; the log-determinant includes that of the map.
+        It is their PCA, largest variance first, scaled to unit variance: Z^I starts as the leading
+        components. Training leaves it as it is, so the model remains an exact flow; the
+        log-determinant includes that of the map.
         """
         if not self.whiten:
             return
         X = X.flatten(0, 1).double()
-        variance, axes = torch.linalg.eigh(torch.cov(X.T).reshape(X.shape[1], X.shape[1]))
+        covariance = torch.cov(X.T).reshape(X.shape[1], X.shape[1])  # of one channel: a number
+        variance, axes = torch.linalg.eigh(covariance)
         variance = variance.flip(0).clamp(min=1e-8)
         axes = axes.flip(1)
         scale = variance.rsqrt()
@@ -428,8 +429,15 @@ class Flow(nn.Module):
         self.inverse_map.copy_((axes / scale).T)
         self.map_logdet.copy_(scale.log().sum())
 
-    def unmap(self, z: Tensor) -> Tensor:
-        """Undoes the fixed map: Z_0 (B, N, d) -> X (B, N, d)."""
+    def whitened(self, X: Tensor) -> Tensor:
+        """Applies the fixed map: X (B, N, d) -> Z_0 (B, N, d)."""
+        if not self.whiten:
+            return X
+        with full_precision(X):
+            return (X - self.mean) @ self.map
+
+    def unwhitened(self, z: Tensor) -> Tensor:
+        """Undoes it: Z_0 (B, N, d) -> X (B, N, d)."""
         if not self.whiten:
             return z
         with full_precision(z):
@@ -442,12 +450,9 @@ class Flow(nn.Module):
     def states(self, X: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """X (B, N, d) -> Z_0 ... Z_n of Algorithm 2, each (B, N, d), and logdet (B, N) in nats.
 
-        Z_0 is X after the fixed map. All are in raster order; logdet is each token's part.
+        All are in raster order; logdet is each token's part.
         """
-        z = X
-        if self.whiten:
-            with full_precision(X):
-                z = (X - self.mean) @ self.map
+        z = self.whitened(X)
         states = [z]
         logdet = X.new_zeros(X.shape[:2]) + self.map_logdet
         for block in self.blocks:
@@ -475,12 +480,9 @@ class Flow(nn.Module):
                              "python train.py --distill DIR, or use --inverse exact")
         with torch.inference_mode():  # 5 to 10% faster than no_grad for small kernels
             z = self.flipped(Z)
-            for t in reversed(range(len(self.blocks))):
-                if method == "exact":
-                    z = self.blocks[t].inverse(z, labels)
-                else:
-                    z = student[t].one_step(z, labels)
-        return self.unmap(z.clone())  # a copy from outside inference mode may need a gradient
+            for block in reversed(self.blocks if method == "exact" else student):
+                z = block.inverse(z, labels) if method == "exact" else block.one_step(z, labels)
+        return self.unwhitened(z.clone())  # unlike z, a copy may take part in autograd
 
 
 # ----------------------------------------------------------------------------- AR prior
@@ -498,7 +500,7 @@ class MixtureHead(nn.Module):
         self.linear = nn.Linear(W, K * (1 + 2 * d))
         nn.init.normal_(self.linear.weight, std=0.1 * W**-0.5)
         nn.init.zeros_(self.linear.bias)
-        if K > 1:  # components that start out equal would separate slowly
+        if K > 1:  # of the means: components that start out equal would separate slowly
             nn.init.normal_(self.linear.bias[K:K + K * d], std=0.5)
 
     def forward(self, h: Tensor) -> GMM:
@@ -542,14 +544,13 @@ class Prior(nn.Module):
             self.redundant = MixtureHead(W, config.redundant_mixtures, self.d_R)
 
     def class_tokens(self, labels: Tensor) -> Tensor:
-        """The class embedding M times, each with its position: labels (B,) -> (B, M, W)."""
+        """The class embedding M times, each with its position (open): labels (B,) -> (B, M, W)."""
         return self.class_embed(labels).unsqueeze(1) + self.class_pos
 
     def null_labels(self, labels: Tensor) -> Tensor:
         """The null class for each of the labels (B,): what guidance leads away from."""
-        if self.null == 0:
-            raise ValueError("guidance: got more than 0 for a model without classes, expected 0, "
-                             "since there is nothing to lead away from")
+        if self.null == 0:  # no classes
+            raise ValueError("guidance: got more than 0, expected 0 for a model without classes")
         return torch.full_like(labels, self.null)
 
     def shared(self, h: Tensor) -> GMM:
@@ -572,11 +573,11 @@ class Prior(nn.Module):
         return p_I, self.shared(h[:, -1])
 
     def draw(self, p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Tensor:
-        """Draws from one mixture per image, (B, K, ...), or with guidance (2B, K, ...).
+        """Draws from one mixture per image, (B, K, ...), or with guidance from pairs (2B, K, ...).
 
-        Without guidance each candidate is a draw, (B, S, d); else noise.pick (B, draws) says how
-        many, (B, draws, d). scale is an extra factor on the stds (Fig. 7). A fork with its own kind
-        of guidance overrides this.
+        With resampling, noise.pick (B, draws) picks among the candidates -> (B, draws, d). Else
+        every candidate is a draw -> (B, S, d). scale is an extra factor on the stds (Fig. 7). A
+        fork overrides this for its own kind of guidance.
         """
         if options.guidance == 0:
             return p.tempered(options.T_pi, options.T_sigma * scale).sample(noise.u, noise.eps)
@@ -588,9 +589,8 @@ class Prior(nn.Module):
     def sample(self, labels: Tensor, options: Sampling, generators: Generators = None) -> Tensor:
         """labels (B,) -> Z (B, N, d) drawn from the prior, guided where options.guidance > 0."""
         B = len(labels)
-        like = self.class_pos
-        noise = new_noise(
-            B, (self.N, options.candidates), self.d_I, (self.N, 1), generators, like)
+        candidates = (self.N, options.candidates)
+        noise = new_noise(B, candidates, self.d_I, (self.N, 1), generators, self.class_pos)
         Z_I, h = self.sample_informative(labels, options, noise)
         if not self.d_R:
             return Z_I
@@ -624,11 +624,12 @@ class Prior(nn.Module):
                          generators: Generators = None) -> Tensor:
         """h (B or 2B, W) at the last informative token -> Z_R (B, N, d_R).
 
-        All N vectors are draws from the one shared mixture. With guidance, they are picked with
-        replacement from one pool of N S candidates, so two tokens may get the same vector. The
-        size of the pool, and whether Table 6 applies to Z^R, are open.
+        All N vectors are draws from the one shared mixture. With resampling, they are picked with
+        replacement from one pool of N S candidates. Where class and null differ in many channels,
+        the weights are very uneven, and many tokens share a vector. The size of the pool, and
+        whether Table 6 applies to Z^R, are open.
         """
-        if self.redundant is None:  # N(0, I) takes neither guidance nor temperature
+        if self.redundant is None:  # N(0, I): it takes neither guidance nor temperature
             h = h[:B]
             options = dataclasses.replace(options, guidance=0.0, T_sigma=1.0)
         h = h.unflatten(0, (-1, B))  # (1 or 2, B, W)
@@ -640,7 +641,8 @@ class Prior(nn.Module):
             some = generators
             if isinstance(generators, list):
                 some = generators[i:i + at_once]
-            noise = new_noise(part.shape[1], (pool,), self.d_R, (self.N,), some, h)
+            noise = new_noise(
+                part.shape[1], (pool,), self.d_R, (self.N,), some, self.class_pos)
             p = self.shared(part.flatten(0, 1))
             parts.append(self.draw(p, options, noise, options.redundant_scale))
         return torch.cat(parts)
@@ -656,9 +658,9 @@ def resample_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) ->
     stds when drawing candidates (Fig. 7).
 
     With all temperatures 1, the distribution of a draw tends to the target as S grows; with 5 + 5
-    candidates its Kolmogorov-Smirnov distance to it is still .04 to .12. With the temperatures of
-    Table 6 even the limit is not exactly the target. The weights are those of Algorithm 1;
-    Appendix A.2 gives all candidates the first one.
+    candidates its Kolmogorov-Smirnov distance to it is still .04 to .12, measured in one dimension.
+    With the temperatures of Table 6 even the limit is not exactly the target. The weights are those
+    of Algorithm 1; Appendix A.2 gives all candidates the first one.
     """
     w = options.guidance
     S = noise.u.shape[1]
@@ -667,8 +669,8 @@ def resample_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) ->
     z_c = p_c.sample(noise.u[:, :S_c], noise.eps[:, :S_c])
     z_u = p_u.sample(noise.u[:, S_c:], noise.eps[:, S_c:])
     z = torch.cat([z_c, z_u], 1)  # (B, S, d)
-    weighing = p.tempered(options.T_pi_v, options.T_sigma_v)
-    log_p_c, log_p_u = weighing.shared_log_prob(z.repeat(2, 1, 1)).chunk(2)  # each (B, S)
+    p_v = p.tempered(options.T_pi_v, options.T_sigma_v)
+    log_p_c, log_p_u = p_v.shared_log_prob(z.repeat(2, 1, 1)).chunk(2)  # each (B, S)
     delta = log_p_c - log_p_u
     log_weight = torch.cat([w * delta[:, :S_c], (w + 1) * delta[:, S_c:]], 1)
     chosen = categorical(options.T_s * log_weight, noise.pick)  # (B, draws)
@@ -680,7 +682,7 @@ def naive_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Te
 
     As in GIVT and JetFormer, a component N_c of p_c is drawn, and each of its channels becomes
     N_c^{1+w} N_u^{-w} with the same component of p_u. They draw from that by rejection; but it is a
-    Gaussian, used here in closed form. Where sigma_u is so small that it is none, N_c stays.
+    Gaussian, used here in closed form. Where sigma_u is too small for that, N_c stays.
     """
     if type(p) is not GMM:
         raise ValueError("guidance_method: got naive, but this model's mixtures are not Gaussian; "
@@ -701,30 +703,31 @@ class Distiller(nn.Module):
     """The student's loss (Algorithm 2), as a module that is called like the model.
 
     student: copies of the flow's blocks, which invert it by `one_step`; the only parameters here.
-    states: images (B, C, H, W), labels (B,) -> the teacher's Z_0 ... Z_n, each (B, N, d).
+    teacher: images (B, C, H, W), labels -> Z_0 ... Z_n, each (B, N, d), and the labels (B,).
+    noise: the largest std of the noise on the student's input.
     """
 
-    def __init__(self, student: nn.ModuleList, states: Callable, noise: float = 0.3):
+    def __init__(self, student: nn.ModuleList, teacher: Callable, noise: float):
         super().__init__()
         self.student = student
-        self.states = states
-        self.noise = noise  # the largest std of the noise on the student's input
+        self.teacher = teacher
+        self.noise = noise
 
     def forward(self, x: Tensor, labels: Tensor | None = None,
                 generators: Generators = None) -> dict[str, Tensor]:
         """Real images x (B, C, H, W) -> {"loss": (B,)}, the mean of MSE(Z~_{t-1}, Z_{t-1}) over t.
 
         The first student block, t = n, receives Z_n + s eps with s ~ U[0, noise], and each later
-        one the output of the one before. Algorithm 2 draws one s per iteration; here each image has
-        its own.
+        one the output of the one before. Algorithm 2 draws one s per iteration; whether for all
+        images is open, here each has its own.
         """
-        Z = self.states(x, labels)
+        Z, labels = self.teacher(x, labels)
         s = self.noise * random(torch.rand, len(x), (1, 1), generators, x)
         z = Z[-1] + s * random(torch.randn, len(x), tuple(Z[-1].shape[1:]), generators, x)
         losses = []
-        for t in reversed(range(1, len(Z))):
-            z = self.student[t - 1].one_step(z, labels)
-            losses.append((z - Z[t - 1]).square().mean((1, 2)))
+        for block, target in zip(reversed(self.student), reversed(Z[:-1]), strict=True):
+            z = block.one_step(z, labels)
+            losses.append((z - target).square().mean((1, 2)))
         return {"loss": torch.stack(losses).mean(0)}
 
     def layers(self) -> list[nn.Module]:
@@ -779,7 +782,7 @@ class Farmer(nn.Module):
         """log p(images|labels) of dequantised images (B, C, H, W), pixels in about [-1, 1].
 
         labels (B,), or None for the null class; the parts are (B,). Raises ValueError for images of
-        another size or a label out of range.
+        another size or, unless the labels are on a GPU, a label out of range.
         """
         _, *parts = self.token_log_prob(images, labels)
         informative, redundant, logdet = (part.sum(1) for part in parts)
@@ -806,7 +809,7 @@ class Farmer(nn.Module):
         """Draws images: labels (B,) -> (B, C, H, W) float32, not clamped.
 
         options None: those of the config. With a list of generators, one for each image, an image
-        does not depend on the rest of its batch.
+        depends on the rest of its batch by rounding at most.
         """
         options = options or self.config.sampling
         Z = self.sample_latents(labels, options, generators)
@@ -830,9 +833,9 @@ class Farmer(nn.Module):
         method = options.inverse
         if method == "auto":
             method = "student" if self.student is not None else "exact"
+        labels = self.check_labels(labels, len(Z))
         bf16 = options.precision == "bfloat16" and method == "student"
         with torch.autocast(Z.device.type, torch.bfloat16, enabled=bf16):
-            labels = self.check_labels(labels, len(Z))
             X = self.flow.inverse(Z, method, self.student, labels)
         return self.images(X)
 
@@ -840,7 +843,8 @@ class Farmer(nn.Module):
         """Removes noise of std sigma: the expected clean image is x + sigma^2 grad_x log p(x|c).
 
         images (B, C, H, W) -> the same shape. This is Tweedie's formula with the model's own exact
-        density, as in TarFlow. It is not in the paper.
+        density, as in TarFlow; sigma has to be the std of the Gaussian noise that training ended
+        with. It is not in the paper.
         """
         with torch.enable_grad():
             x = images.detach().requires_grad_()
@@ -853,11 +857,11 @@ class Farmer(nn.Module):
 
     def patches(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) of the model's size -> their tokens X (B, N, d)."""
-        c = self.config
-        size = (c.channels, c.image_size, c.image_size)
+        config = self.config
+        size = (config.channels, config.image_size, config.image_size)
         if images.dim() != 4 or images.shape[1:] != size:
             raise ValueError(f"images: got {tuple(images.shape)}, expected a batch of {size}")
-        return patchify(images, c.patch_size)
+        return patchify(images, config.patch_size)
 
     def images(self, X: Tensor) -> Tensor:
         """Tokens X (B, N, d) -> images (B, C, H, W): undoes `patches`."""
@@ -866,7 +870,8 @@ class Farmer(nn.Module):
     def check_labels(self, labels: Tensor | None, B: int) -> Tensor:
         """Checks labels (B,) and puts them on the model's device.
 
-        All are null if labels is None or the model has no classes.
+        All are null if labels is None or the model has no classes. Raises ValueError for others
+        than 0 to num_classes, on a GPU only for another shape or dtype.
         """
         device = next(self.parameters()).device
         null = self.config.num_classes
@@ -886,21 +891,23 @@ class Farmer(nn.Module):
         return self.student
 
     @torch.no_grad()
-    def states(self, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        """What a student learns from: images (B, C, H, W) -> Z_0 ... Z_n, each (B, N, d)."""
+    def teach(self, images: Tensor,
+              labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """What a student learns from: images (B, C, H, W) -> Z_0 ... Z_n and the checked labels."""
         labels = self.check_labels(labels, len(images))
-        return self.flow.states(self.patches(images), labels)[0]
+        states, _ = self.flow.states(self.patches(images), labels)
+        return states, labels
 
     def distiller(self, noise: float = 0.3) -> Distiller:
         """The module that trains this model's student; attaches a student if there is none.
 
-        Freezes the model itself.
+        Freezes the model itself. noise is that of Algorithm 2.
         """
         if self.student is None:
             self.new_student()
         self.requires_grad_(False)
         self.student.requires_grad_(True)
-        return Distiller(self.student, self.states, noise)
+        return Distiller(self.student, self.teach, noise)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """torch's load_state_dict; first attaches a student if the weights include one."""
@@ -909,8 +916,7 @@ class Farmer(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def layers(self) -> list[nn.Module]:
-        """The layers of all Transformers: the units of compiling and recomputing, Muon's matrices.
-        """
+        """The layers of all Transformers, which training compiles, recomputes or gives to Muon."""
         return find_layers(self)
 
 
@@ -1061,14 +1067,15 @@ class Config:
 
 
 # ----------------------------------------------------------------------------- presets
-# Table 6. Whether T_sigma multiplies stds or variances is open; here it multiplies stds.
+# Table 6. Whether T_sigma multiplies stds or variances, and T_pi logits or weights, is open; here
+# stds and logits.
 _table6 = functools.partial(
     Sampling, T_pi=1.0, T_sigma=0.9, s_c=5, s_u=5, T_pi_v=0.2, T_sigma_v=0.9, T_s=1.1)
 _p16 = dict(
     image_size=256, patch_size=16, num_classes=1000, informative_dim=128, informative_mixtures=64,
     class_tokens=64)
 # d_I, K_I and K_R of p8 are open. With this d_I an image has as many informative values as in p16.
-# These presets have fewer parameters than in Table 1 (946M and 1,729M), as with any small d_I.
+# These presets have 946M and 1,729M parameters. No small d_I reaches the 1.1B and 1.9B of Table 1.
 _p8 = dict(_p16, patch_size=8, informative_dim=32)
 _1b = dict(
     flow_blocks=28, flow_layers=4, flow_width=768, ar_layers=12, ar_width=768,
@@ -1098,8 +1105,8 @@ PRESETS = {
         sampling=_table6(guidance=1.5, T_sigma=1.0, T_pi_v=0.1, T_sigma_v=1.0)),
 }
 
-# Settings of train.py that differ from its defaults. 200,200 steps of 2,048 images are the paper's
-# 320 epochs of ImageNet; the batch size is open.
+# Settings of train.py that differ from its defaults; `flip` mirrors images. 200,200 steps of 2,048
+# images are the paper's 320 epochs of ImageNet; the batch size is open.
 _paper = dict(
     steps=200_200, batch_size=2048, lr=1e-4, warmup=5000, data="imagenet/train", enlarge=True)
 TRAINING = {

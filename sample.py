@@ -207,34 +207,33 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     rank, _ = join(device)
     model = restore(saved, device)
-    names, conditions = saved.extra.get("classes"), saved.extra.get("conditions")
-    num_classes = model.config.num_classes
+    c = model.config
     if args.log_prob and not hasattr(model, "log_prob"):
         raise UserError(f"--log-prob: {saved.name} has no likelihood")
     if picture and not can_be_shown(model):
-        raise UserError(f"--out: got {out}, but this model makes arrays of {model.config.channels} "
-                        "channels, which are no pictures; expected X.npz")
-    options = dataclasses.replace(
-        model.config.sampling, **given(args, type(model.config.sampling)))
+        raise UserError(f"--out: got {out}, but this model makes arrays of {c.channels} channels, "
+                        "which are no pictures; expected X.npz")
+    options = dataclasses.replace(c.sampling, **given(args, c.sampling))
     columns = parse_sweep(args.sweep, options) if args.sweep else {"": options}
     for choice in columns.values():
         check_options(choice, saved.extra)
 
     # The labels, all classes in turn, are the same in every process.
-    classes = picture_classes(num_classes) if picture else list(range(max(num_classes, 1)))
+    names = saved.extra.get("classes")
+    classes = picture_classes(c.num_classes) if picture else list(range(max(c.num_classes, 1)))
     if args.labels is not None:
-        classes = chosen_classes(args.labels, names, num_classes)
-    num = args.num
-    if num is None:
-        num = 1000
-        if picture:
-            num = len(classes) if args.sweep else 10 * len(classes)
-    rows = default_labels(num, len(classes))
+        classes = chosen_classes(args.labels, names, c.num_classes)
+    choices = torch.tensor(classes)
+    if saved.extra.get("conditions") is not None:
+        choices = saved.extra["conditions"][:5 if picture else None]
+    usual = 1000
+    if picture:
+        usual = len(choices) * (1 if args.sweep else 10)
+    num = args.num or usual
+    rows = default_labels(num, len(choices))
     if picture:
         rows = rows.sort().values  # puts the images of a class side by side
-    labels = torch.tensor(classes)[rows]
-    if conditions is not None:
-        labels = default_labels(num, 0, conditions)
+    labels = choices[rows]
 
     start = time.monotonic()
     drawn = []
@@ -251,23 +250,23 @@ def main(argv: list[str] | None = None) -> None:
         print("stopped before the first images were there: nothing is written", file=sys.stderr)
         sys.exit(130)
 
-    arrays = drawn[0]
     if args.sweep:
         tiles = np.stack([placed(num, arrays) for arrays in drawn], 1)
-        result = grid(tiles.reshape(-1, *tiles.shape[2:]), len(drawn),
-                      class_names(labels.tolist(), names, num_classes), list(columns)[:len(drawn)],
-                      args.sweep.partition("=")[0])
+        write_picture(out, grid(
+            np.concatenate(tiles), len(drawn), class_names(labels.tolist(), names, c.num_classes),
+            list(columns)[:len(drawn)], args.sweep.partition("=")[0]))
     elif picture:
-        images = placed(num, arrays)
-        result = rows_of_pictures([images[rows == row] for row in range(len(classes))],
-                                  class_names(classes, names, num_classes))
-    if picture:
-        write_picture(out, result)
+        images = placed(num, drawn[0])
+        write_picture(out, rows_of_pictures(
+            [images[rows == row] for row in range(len(choices))],
+            class_names(classes, names, c.num_classes)))
     else:
-        content = {"arr_0": arrays.pop("images"), "arr_1": labels.numpy()[arrays["numbers"]]}
-        write_file(out, lambda file: np.savez(file, **content, **arrays))
-    if args.log_prob and can_be_shown(model):
-        write_picture(out.with_suffix(".png"), extremes(content["arr_0"], arrays))
+        log_p = dict(drawn[0])
+        numbers, images = log_p.pop("numbers"), log_p.pop("images")
+        write_file(out, lambda file: np.savez(
+            file, arr_0=images, arr_1=labels.numpy()[numbers], numbers=numbers, **log_p))
+        if log_p and can_be_shown(model):
+            write_picture(out.with_suffix(".png"), extremes(images, log_p))
     total = sum(len(arrays["numbers"]) for arrays in drawn)
     if stopped:
         print(f"stopped: {out} holds {total} of {num * len(columns)} images", file=sys.stderr)

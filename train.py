@@ -264,65 +264,47 @@ class EMA:
 
 
 # ----------------------------------------------------------------------------- signals and log
-class StopSignals:
-    """Context in which Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the current step.
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Context in which Ctrl-C, SIGTERM and SIGHUP are put on a list, so that the step ends first.
 
     A second signal interrupts at once. A signal that was ignored when the process started, as
     SIGHUP is under nohup, stays ignored.
     """
+    received = []
 
-    def __init__(self):
-        self.number = 0  # of the signal received; 0: none
-        self.before = {}
-
-    def __enter__(self) -> "StopSignals":
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, _) -> None:
-        if self.number:
+    def receive(number: int, _) -> None:
+        if received:
             raise KeyboardInterrupt
-        self.number = number
+        received.append(number)
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
             print(f"{signal.Signals(number).name}: stopping after this step; send it again to quit "
                   "now", file=sys.stderr)
 
-    def asked(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop. All processes must call this."""
-        self.number = max_over_processes(int(self.number), device)
-        return self.number > 0
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Log:
-    """Writes log.jsonl and lines on stdout: means since the last report, speed, time left.
+    """Writes log.jsonl and lines on stdout, in rank 0; collects means for it in every process."""
 
-    Every process has one, since the means are over all processes, but only rank 0 writes. A resumed
-    run first drops the lines after its checkpoint.
-    """
-
-    def __init__(self, out: Path, start: int, steps: int):
+    def __init__(self, out: Path, step: int, steps: int):
+        """Drops the lines after `step`, where a resumed run goes on."""
         self.file = out / "log.jsonl"
-        self.start = start
         self.steps = steps
         self.rank, _ = rank_and_world()
-        self.terms: dict[str, list[Tensor]] = {}  # since the last report
-        self.last_step = start
-        self.minutes = 0.0  # of training so far, without saving and drawing
-        self.began = time.monotonic()
-        self.last_time = self.began
+        self.terms: dict[str, list[Tensor]] = {}
         if self.rank == 0:
-            lines = self.file.read_text().splitlines() if start and self.file.exists() else []
-            kept = [line for line in lines if step_of(line) <= start]
-            for line in kept:
-                self.minutes = json.loads(line).get("minutes", self.minutes)
-            text = "".join(line + "\n" for line in kept)
+            lines = self.file.read_text().splitlines() if step and self.file.exists() else []
+            text = "".join(f"{line}\n" for line in lines if step_of(line) <= step)
             write_file(self.file, lambda f: f.write(text.encode()))
 
     def add(self, terms: dict[str, Tensor]) -> None:
@@ -330,23 +312,12 @@ class Log:
         for name, values in terms.items():
             self.terms.setdefault(name, []).append(values.detach().float().mean())
 
-    def report(self, step: int, batch_size: int, last: dict) -> None:
-        """Writes the means since the last report, then the values of `last`.
-
-        All processes must call this.
-        """
+    def means(self) -> dict[str, float]:
+        """The means of what was added since the last call, over all processes; all call this."""
         means = torch.stack([torch.stack(parts).mean() for parts in self.terms.values()])
-        values = dict(zip(self.terms, mean_over_processes(means).tolist(), strict=True))
-        now = time.monotonic()
-        seconds = max(now - self.last_time, 1e-9)
-        self.minutes += seconds / 60
-        speed = (step - self.last_step) * batch_size / seconds
-        values |= last | {"images_per_s": speed, "minutes": self.minutes}
-        left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
-        self.write(step, values, f"{duration(left)} left")
+        means = dict(zip(self.terms, mean_over_processes(means).tolist(), strict=True))
         self.terms = {}
-        self.last_step = step
-        self.last_time = now
+        return means
 
     def write(self, step: int, values: dict, note: str = "") -> None:
         """Writes one line to log.jsonl and to stdout."""
@@ -360,13 +331,6 @@ class Log:
                 continue  # the same number is printed as nats_per_dim
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         print("  ".join([*parts, note]).rstrip(), flush=True)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Context for saving and drawing, whose time counts neither in images/s nor in minutes."""
-        start = time.monotonic()
-        yield
-        self.last_time += time.monotonic() - start
 
 
 def step_of(line: str) -> float:
@@ -392,6 +356,7 @@ class Run:
     step: int = 0  # optimizer steps done; with the seed it fixes order, noise and label drops
     skipped: int = 0  # steps skipped because their gradient norm was an outlier
     outliers: int = 0  # how many steps in a row have been skipped just now
+    minutes: float = 0.0  # of training so far, without saving and drawing
     norms: list = field(default_factory=list)  # gradient norms of the last 100 steps taken
     optimizer: list | None = None  # the state of each optimizer
     raw_weights: dict | None = None  # with EMA: the trained weights; `weights` are the averages
@@ -457,13 +422,21 @@ def resumed_run(args, config, saved: Saved) -> tuple[Train, Run]:
     if train.seed != before.seed:
         warn(f"seed was {before.seed} and is {train.seed} from step {run.step} on")
     if train.steps != before.steps:
-        moved = [f"lr from {lr_at(before, run.step):.3g} to {lr_at(train, run.step):.3g}"]
-        if noise_at(train, 0) is not None:
-            moved.append(f"the noise's std from {noise_at(before, run.step):.3g} to "
-                         f"{noise_at(train, run.step):.3g}")
-        warn(f"steps was {before.steps} and is {train.steps} from step {run.step} on; the "
-             f"schedules run over all steps, so this moves {' and '.join(moved)}")
+        warn(f"steps was {before.steps} and is {train.steps} from step {run.step} on: as schedules "
+             f"run over all steps, lr goes from {lr_at(before, run.step):.3g} to "
+             f"{lr_at(train, run.step):.3g} and the std of the noise from "
+             f"{noise_at(before, run.step) or 0:.3g} to {noise_at(train, run.step) or 0:.3g}")
     return train, run
+
+
+def config_for(split, config, preset):
+    """The config of a new model of these images. Without classes there is none to guide towards."""
+    sampling = config.sampling
+    if preset.num_classes and not split.num_classes and getattr(sampling, "guidance", 0):
+        warn(f"the images have no classes, so samples are drawn with guidance 0 instead of "
+             f"{sampling.guidance:g}")
+        sampling = dataclasses.replace(sampling, guidance=0.0)
+    return dataclasses.replace(config, num_classes=split.num_classes, sampling=sampling)
 
 
 def new_model(name: str, config, images, train: Train, device: torch.device) -> nn.Module:
@@ -495,21 +468,19 @@ def open_data(config, train: Train, run: Run, num_classes: int | None, module):
     return split
 
 
-# ----------------------------------------------------------------------------- training
-def train_model(args, how: How, name: str, module, saved: Saved | None, out: Path,
-                device: torch.device) -> None:
-    """Trains to the last step, saving into `out`.
+def begin(args, how: How, name: str, module, saved: Saved | None, out: Path, device: torch.device,
+          resuming: bool):
+    """What a run begins with: (Train, Run, Split, model, net, optimizers).
 
-    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
+    `net` computes the loss and is trained: the model itself, or the distiller of its student. The
+    model is None where the run is finished already. All that a user can do wrong shows here, before
+    the first file is written, and all processes begin with the same.
     """
     rank, world = rank_and_world()
-    file = out / "ckpt.pt"
-    resuming = saved is not None and saved.file == file
     facts = {}
-
-    # 1. What to train, and from which step.
     with agreeing(facts):
-        check_folder(out, resuming or rank > 0)
+        if rank == 0:
+            check_folder(out, resuming)
         precision = pick_precision(how.precision, device)
         model = None
         if saved is None:
@@ -523,27 +494,24 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                 train, run = distilled_run(args, model, saved, precision)
         train = dataclasses.replace(train, data=absolute(train.data))
         run.training = dataclasses.asdict(train)
-        micro_batch = how.micro_batch or max(1, train.batch_size // world)
-        passes, rest = divmod(train.batch_size, world * micro_batch)
-        if rest:
-            raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {world} "
-                            f"(processes) x micro-batch {micro_batch}; change one of these")
-        facts |= dict(model=name, step=run.step, training=run.training, precision=run.precision)
+        passes = world * (how.micro_batch or 1)
+        if train.batch_size % passes:
+            raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {passes}: "
+                            "processes times --micro-batch; change one of these")
+        facts |= run.training | dict(model=name, step=run.step, precision=run.precision)
+        del facts["data"]  # may lie elsewhere on another machine
     if run.step >= train.steps:
-        if rank == 0:
-            print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
-        return
+        return train, run, None, None, None, None
     if args.resume and not resuming:
         warn(f"{out} holds no ckpt.pt yet: starting at step 0")
 
-    # 2. Data and model. A new model gets as many classes as the data has, or --num-classes. `net`
-    # computes the loss and is trained: the model itself, or the distiller of its student.
     with agreeing(facts):
+        # A new model gets as many classes as the data has, or --num-classes.
         num_classes = args.num_classes if model is None else config.num_classes
         split = open_data(config, train, run, num_classes, module)
-        facts["data"] = split.digest
+        facts["images"] = split.digest
         if model is None:
-            config = dataclasses.replace(config, num_classes=split.num_classes)
+            config = config_for(split, config, module.PRESETS[run.preset])
             model = new_model(name, config, split.train, train, device)
         model.floats = split.train.array.dtype != np.uint8
         if run.conditions is not None and train.label_drop and not hasattr(model, "drop_labels"):
@@ -554,8 +522,31 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
             raise UserError("--compile, --checkpointing: got one of them, but the model lists no "
                             "layers(); leave it out")
         opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
+    return train, run, split, model, net, opts
+
+
+# ----------------------------------------------------------------------------- training
+def train_model(args, how: How, name: str, module, saved: Saved | None, out: Path,
+                device: torch.device) -> None:
+    """Trains to the last step, saving into `out`.
+
+    Everything random in step s depends on (seed, s) alone, so a resumed run is the same run.
+    """
+    rank, world = rank_and_world()
+    file = out / "ckpt.pt"
+    resuming = saved is not None and saved.file == file
+    train, run, split, model, net, opts = begin(
+        args, how, name, module, saved, out, device, resuming)
+    if model is None:
+        if rank == 0:
+            print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
+        leave()
+        return
+    with agreeing({}):
         if rank == 0:
             lock = lock_folder(out, resuming)  # noqa: F841  (held until this function ends)
+    micro_batch = how.micro_batch or train.batch_size // world
+    passes = train.batch_size // (world * micro_batch)
     compiling = device.type == "cuda" if args.compile is None else args.compile
     prepare_layers(net, compiling, how.checkpointing)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -563,7 +554,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
     if world > 1:  # every process starts from the weights of rank 0
         ddp = DistributedDataParallel(
             net, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+            forward_sync_buffers=False, gradient_as_bucket_view=True)
     ema = EMA(params, train.ema) if train.ema else None
     averaged = ema.applied if train.ema else contextlib.nullcontext
     saved_at = run.step  # the step that ckpt.pt holds
@@ -596,7 +587,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
     if run.step == 0:
         save_run()  # a run that diverges early leaves something to look at
         if rank == 0 and not model.floats:
-            sheet = data_sheet(split.train, run.classes, config.num_classes)
+            sheet = data_sheet(split.train, run.classes, model.config.num_classes)
             write_picture(out / "data.png", sheet)
     else:
         with reading(file, "use an older checkpoint"):
@@ -614,14 +605,19 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         if compiling:
             print("compiling the layers (about a minute)", flush=True)
 
-    # 3. The steps.
+    # The steps.
     order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
     source = batches(
         split.train, batch_size=train.batch_size, start_step=run.step, seed=train.seed,
         rank=rank, world=world, flip=train.flip, epoch_order=order)
     try:
-        with StopSignals() as stop, contextlib.closing(source):
-            while run.step < train.steps and not stop.asked(device):
+        with stop_signals() as received, contextlib.closing(source):
+            start, start_step = time.monotonic(), run.step  # of what the next report measures
+            while run.step < train.steps:
+                stopped = max_over_processes(sum(received), device)  # the signal's number
+                if stopped:
+                    break
+
                 # Learning rate and noise of this step.
                 sigma = noise_at(train, run.step)
                 lr = lr_at(train, run.step)
@@ -686,25 +682,30 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                 step = run.step
                 last = step == train.steps
                 if last or step in (1, 2, 5, 10, 20) or step % how.log_every == 0:
-                    last_values = dict(lr=lr, sigma=sigma, skipped=run.skipped)
-                    log.report(step, train.batch_size, last_values)
-                with log.paused():
-                    if last or step % how.save_every == 0:
-                        save_run()
-                    validate = last or (how.val_every and step % how.val_every == 0)
-                    draw = last or (how.sample_every and step % how.sample_every == 0)
-                    if validate or draw:
-                        validate_and_draw(validate, draw)
+                    values = log.means() | dict(lr=lr, sigma=sigma, skipped=run.skipped)
+                    pace = max(time.monotonic() - start, 1e-9) / (step - start_step)  # s a step
+                    run.minutes += pace * (step - start_step) / 60
+                    values |= dict(images_per_s=train.batch_size / pace, minutes=run.minutes)
+                    log.write(step, values, f"{duration(pace * (train.steps - step))} left")
+                    start, start_step = time.monotonic(), step
+                saving = time.monotonic()
+                if last or step % how.save_every == 0:
+                    save_run()
+                validate = last or (how.val_every and step % how.val_every == 0)
+                draw = last or (how.sample_every and step % how.sample_every == 0)
+                if validate or draw:
+                    validate_and_draw(validate, draw)
+                start += time.monotonic() - saving  # is not training
             if run.step > saved_at:
                 save_run()
     except (UserError, OSError) as error:
         raise UserError(f"{error}; saved at step {saved_at}, in {file}") from error
     leave()
-    if stop.number:
+    if run.step < train.steps:
         if rank == 0:
             print(f"stopped at step {run.step}, saved; continue with: python train.py --resume "
                   f"--out {out}", file=sys.stderr)
-        sys.exit(128 + stop.number)
+        sys.exit(128 + stopped)
     if rank == 0:
         seen = f"see {out / 'samples.png'}; more " if can_be_shown(model) else ""
         print(f"done: {seen}samples with: python sample.py {out}")
@@ -727,7 +728,7 @@ def evaluate_run(args, module, saved: Saved, device: torch.device) -> None:
         split = open_split(
             train.data, c.image_size, c.channels, 0, train.enlarge, classes=run.classes,
             num_classes=c.num_classes, own=getattr(module, "open_images", None))
-        facts["data"] = split.digest
+        facts["images"] = split.digest
         own = split.digest == run.digest
         images = split.train if split.held_out is None else split.held_out
         if train.holdout and (own or args.holdout is not None):

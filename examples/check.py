@@ -233,8 +233,8 @@ def check_student(model):
     loss.mean().backward()
     without = [n for n, p in distiller.named_parameters() if p.grad is None]
     other = y.flip(0)
-    Z = model.states(x, y)[-1]
-    reads = largest(Z, model.states(x, other)[-1]) > 1e-6
+    Z = model.teach(x, y)[0][-1]
+    reads = largest(Z, model.teach(x, other)[0][-1]) > 1e-6
     asked, ignored = [], []
     for label in (model.check_labels(y, 3), model.check_labels(other, 3)):
         asked.append(model.flow.inverse(Z, "student", model.student, label))

@@ -73,7 +73,7 @@ def small(model):
 
 def train_small(model, data, out):
     """Three steps."""
-    flags = "--steps 3 --batch-size 4 --workers 0 --device cpu".split()
+    flags = "--steps 3 --batch-size 4 --device cpu".split()
     train.main([*small(model), "--data", data, "--out", out, *flags])
 
 
@@ -82,7 +82,7 @@ def test_every_fork_trains_resumes_is_scored_samples_and_distils(
         model, data, tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "run")
     train_small(model, data, out)
-    train.main(["--resume", "--out", out, "--steps", "5", "--workers", "0"])
+    train.main(["--resume", "--out", out, "--steps", "5"])
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 5]
     capsys.readouterr()
@@ -94,7 +94,7 @@ def test_every_fork_trains_resumes_is_scored_samples_and_distils(
         monkeypatch.setattr(classifier, "read_right", lambda *_: 0.5)
         classifier.main(["swap", "reader.pt", out])
         assert capsys.readouterr().out.count("MSE 0.000") == 2  # the two that exchange nothing
-        train.main(["--distill", out, "--steps", "2", "--workers", "0"])
+        train.main(["--distill", out, "--steps", "2"])
         out += "-student"
     sample.main([out, "--num", "4", "--out", str(tmp_path / "samples.npz")])
     assert np.load(tmp_path / "samples.npz")["images"].shape == (4, 8, 8, 3)
@@ -301,7 +301,7 @@ def test_the_tour_prints_parts_that_add_up_to_the_likelihood_and_draws_its_stage
         data, own_data, tmp_path, capsys):
     run = str(tmp_path / "run")
     train_small(channel_mixing, data, run)
-    train.main(["--distill", run, "--steps", "1", "--workers", "0"])
+    train.main(["--distill", run, "--steps", "1"])
     capsys.readouterr()
     out = str(tmp_path / "tour.png")
     tour.main([run + "-student", "--out", out, *(["--data", data] if own_data else [])])

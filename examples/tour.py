@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from farmer import Farmer, unpatchify
+from farmer import Farmer
 from support.batches import dequantize, image_generators, open_split, quantize
 from support.checkpoints import load_run
 from support.cli import Parser, UserError, check_writable, run_script, write_file
@@ -77,8 +77,7 @@ def walk(model, x, labels, names):
         show(f"Z_{t}, by flow block {t}", "Eq. 8, 10", z, "Shifts and scales each token, given "
              f"those {side} it: log-det {logdet[0].sum() / D:+.3f} nats/dim.")
         scaled = z * states[0].std() / z.std()
-        pixels = scaled @ model.flow.inverse_map + model.flow.mean
-        stages[f"block {t}"] = unpatchify(pixels, c.patch_size, c.channels)[0]
+        stages[f"block {t}"] = model.images(model.flow.unwhitened(scaled))[0]
 
     # How likely the latents are, and with that the image.
     Z, _ = model.flow(X, labels)

@@ -52,8 +52,9 @@ def model_file(name: str, beside: Path | None = None) -> ModuleType:
     files = [folder.joinpath(*parts).with_suffix(".py") for folder in folders]
     found = [file for file in files if file.is_file()]
     if not found or not all(part.isidentifier() for part in parts):
-        raise UserError(f"--model: got {name!r}, but there is no {files[0]} and no {files[1]}; "
-                        "expected the name of a model's file, such as farmer or baselines.tarflow")
+        raise UserError(f"--model: got {name!r}, but there is no {' and no '.join(map(str, files))}"
+                        "; expected the name of a model's file, such as farmer or "
+                        "baselines.tarflow")
     known = sys.modules.get(name)
     if known is not None and getattr(known, "__file__", None) == str(found[0]):
         return known

@@ -37,7 +37,7 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
-        lost = "RANK" in os.environ and "closed by peer" in str(error)
+        lost = "RANK" in os.environ and re.search("by peer|remote (worker|process)", str(error))
         if os.environ.get("FARMER_DEBUG") or isinstance(error, RuntimeError) and not lost:
             raise
         message = " ".join(str(error).split()) or type(error).__name__

@@ -122,6 +122,16 @@ class Images:
         labels = np.zeros(len(places), np.int64) if self.labels is None else self.labels[places]
         return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)
 
+    def file(self, i: int) -> tuple[str, Callable[[], Image.Image]]:
+        """The name of image i, and what opens it."""
+        k = self.numbers[i]
+        if isinstance(self.array, Files):
+            name = self.array.names[k]
+            return printable(name), lambda: Image.open(io.BytesIO(self.array.read(name)))
+        pixels = self.array[k]
+        pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+        return f"image {k}", lambda: Image.fromarray(pixels)
+
     def part(self, kept: np.ndarray) -> "Images":
         """The images at these places; no pixels are copied."""
         labels = None if self.labels is None else self.labels[kept]
@@ -217,7 +227,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     how = image.tile[0][3] if getattr(image, "tile", None) else ""  # how the pixels are stored
     deep = re.search("(?<!BGR);16", str(how)) or image.mode[0] in "IF"  # BGR;16 has 5 to 6 bits
     if image.format == "PPM" and isinstance(how, tuple):
-        deep = how[1] > 255  # the largest value
+        deep = deep or how[1] > 255  # the largest value
     if deep or np.max(getattr(image, "tag_v2", {}).get(258, 8)) > 8:  # a TIFF's BitsPerSample
         raise ValueError("more than 8 bits in a channel, convert it to 8 bits")
     ImageOps.exif_transpose(image, in_place=True)
@@ -252,51 +262,40 @@ def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndar
 
     Raises one UserError at the end that names all images that cannot be used.
     """
-    array = images.array
-    n = len(images)
     broken = {}
     clear = []
 
     def work(places: range) -> np.ndarray:
         chunk = np.zeros((len(places), *shape), np.uint8)
         for row, i in zip(chunk, places, strict=True):
+            name, open_image = images.file(i)
             try:
-                image, transparent = to_rgb(opened(array, images.numbers[i]))
+                image, transparent = to_rgb(open_image())
                 pixels = crop(image)
                 if pixels.shape != shape:
-                    raise ValueError(f"{image.size} pixels, the first image has {shape[1::-1]}")
+                    raise ValueError(f"{pixels.shape} pixels, the first image has {shape}")
                 row[:] = pixels
                 clear.extend([i] * transparent)
             except Exception as error:
-                cause = str(error).partition(" <")[0]  # without an object's address
-                broken[i] = " ".join(cause.split())[:150] or type(error).__name__
+                broken[i] = f"{name} ({str(error).partition(' <')[0] or type(error).__name__})"
         return chunk
 
     rank, world = processes()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     threads = max(1, cores // world)  # Pillow decodes and resizes without Python's lock
+    n = len(images)
     progress = Progress(f"decoding {images.path}", n, quiet=rank > 0)
     todo = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
     for chunk, places in zip(in_threads(work, todo, threads, 2 * threads), todo, strict=True):
         progress(places.stop)
         yield chunk
     if broken:
-        each = [f"{name_of(array, images.numbers[i])} ({broken[i]})" for i in sorted(broken)]
-        advice = ", lower image_size or pass --enlarge" * ("smaller than" in str(each))
+        each = shortened(broken[i] for i in sorted(broken))
+        advice = ", lower image_size or pass --enlarge" * ("smaller than" in each)
         raise UserError(f"{images.path}: {len(broken):,} of {n:,} images cannot be used: "
-                        f"{shortened(each)}; replace or remove them{advice}")
+                        f"{' '.join(each.split())}; replace or remove them{advice}")
     if clear:
         images.notes.append(f"transparency put on white in {len(clear):,} images")
-
-
-def opened(array: "np.ndarray | Files", k: int) -> Image.Image:
-    if isinstance(array, Files):
-        return Image.open(io.BytesIO(array.read(array.names[k])))
-    return Image.fromarray(array[k].squeeze(2) if array.shape[3] == 1 else array[k])
-
-
-def name_of(array: "np.ndarray | Files", k: int) -> str:
-    return printable(array.names[k]) if isinstance(array, Files) else f"image {k}"
 
 
 def decoded(images: Images, crop: Crop, source: str) -> Images:
@@ -304,29 +303,29 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
 
     Raises UserError if it would take more than a quarter of the memory.
     """
-    array = images.array
     shape = (crop.size, crop.size, crop.channels)
-    if isinstance(array, np.ndarray):
-        if not crop.size or array.shape[1:] == shape:
+    if isinstance(images.array, np.ndarray):
+        have = images.array.shape[1:]
+        if not crop.size or have == shape:
             return images
-        if array.dtype != np.uint8:
-            raise UserError(f"{images.path}: images are floats {array.shape[1:]} (H, W, C); "
-                            f"expected {shape}; set image_size and channels")
+        if images.array.dtype != np.uint8:
+            raise UserError(f"{images.path}: images are floats {have}; expected {shape}; set "
+                            "image_size and channels")
     elif not crop.size:
-        with reading(os.path.join(images.path, name_of(array, 0)), "replace or remove it"):
-            shape = crop(to_rgb(opened(array, 0))[0]).shape
+        name, open_image = images.file(0)
+        with reading(f"{images.path}/{name}", "replace or remove it"):
+            shape = crop(to_rgb(open_image())[0]).shape
     size = len(images) * math.prod(shape)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()[1]
     if size > memory // 4:
-        command = (f"python support/data.py prepare {shlex.quote(source)} OUT --image-size "
-                   f"{min(shape[:2])} --channels {crop.channels}" + " --enlarge" * crop.enlarge)
-        raise UserError(f"{images.path}: decoded, its {len(images):,} images take "
-                        f"{size / 2**30:.1f} GiB, more than a quarter of the memory of "
-                        f"{memory / 2**30:.1f} GiB; decode them into a file once ({command}) and "
-                        "pass --data OUT")
+        raise UserError(
+            f"{images.path}: its {len(images):,} images take {size / 2**30:.1f} GiB, more than a "
+            f"quarter of the memory of {memory / 2**30:.1f} GiB; decode them into a file (python "
+            f"support/data.py prepare {shlex.quote(source)} OUT --image-size {min(shape[:2])} "
+            f"--channels {crop.channels}{' --enlarge' * crop.enlarge}) and pass --data OUT")
     pixels = np.empty((len(images), *shape), np.uint8)
-    places = itertools.count(0, 8)
-    for i, chunk in zip(places, decoded_chunks(images, crop, shape), strict=False):
+    chunks = decoded_chunks(images, crop, shape)
+    for i, chunk in zip(itertools.count(0, 8), chunks, strict=False):
         pixels[i:i + 8] = chunk
     return replace(images, array=pixels, numbers=None)
 
@@ -438,7 +437,9 @@ def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]
         print(f"data: reading {printable(source)}", file=sys.stderr, flush=True)
     found = own(source) if own else None
     if found is not None:
-        return with_test(*found) if isinstance(found, tuple) else [found]
+        pair = found if isinstance(found, tuple) else (found, None)
+        parts = [part for part in pair if part is not None]
+        return with_test(*parts) if len(parts) > 1 else parts
     name, split = split_of(source)
     parts = splits(name, crop)
     train = parts.get("train")
@@ -461,7 +462,8 @@ def splits(name: str, crop: Crop) -> dict[str, Images]:
         if there:
             warn(f"{name} is read as the set of that name; write ./{name} for the local files")
         if name == "digits":
-            return {"train": digits(4000, crop, 0), "test": digits(500, crop, 1)}
+            return {split: digits(n, crop.size, crop.channels, seed)
+                    for split, n, seed in (("train", 4000, 0), ("test", 500, 1))}
         parts = read_path(str(fetch(name)))
         return {k: replace(v, path=name, classes=KNOWN[name].classes) for k, v in parts.items()}
     if not there:
@@ -474,19 +476,19 @@ def read_path(path: str) -> dict[str, Images]:
     """The splits of a folder or file. One that holds nothing but an archive is that archive."""
     if os.path.isdir(path):
         files = list_folder(path)
-        if len(files) == 1 and not is_table(files.names[0]) and not is_image(files.names[0]):
-            return read_path(os.path.join(path, files.names[0]))
+        name = files.names[0] if len(files) == 1 else ""
+        if ending(name) in (".zip", ".npz", ".tar", ".gz", ".tgz") and not is_table(name):
+            return read_path(os.path.join(path, name))
         return read_files(files)
     if ending(path) == ".zip":
         return read_files(list_zip(path))
     if ending(path) == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {"": read_arrays(path, arrays)}
-    batches = list_tar(path) if tarfile.is_tarfile(path) else []
-    if batches:
-        return read_cifar(batches)
+    if tarfile.is_tarfile(path) and list_tar(path).tables:
+        return read_cifar(list_tar(path))
     raise UserError(f"{printable(path)} is no folder, .zip or .npz of images; "
-                    f"{hint(path, [ending(path)], LAYOUT)}")
+                    f"{hint(path, [path])}")
 
 
 def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
@@ -497,13 +499,13 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
         raise UserError(f"{printable(path)} holds {shortened(arrays) or 'nothing'}; expected "
                         "`images` (uint8) and `labels`; " + hint(path, arrays, "rename its arrays"))
     array = arrays[pixels]
-    if array.dtype == np.float32:
-        array = array.astype(float)  # only a model's own format says what floats are: refused
+    if array.dtype != np.uint8:  # only a model's own format says what floats are
+        raise UserError(f"{printable(path)}: images are {array.dtype} {array.shape}; expected "
+                        "uint8; convert them")
     if array.ndim == 3:
         array = array[..., None]
     images = Images(printable(path), array, arrays[labels] if labels in arrays else None, classes)
-    others = [name for name in arrays if name not in (pixels, labels, "numbers")]  # sample.py's
-    for name in others:
+    for name in sorted({*arrays} - {pixels, labels, "numbers"}):  # sample.py writes numbers
         other = arrays[name]
         scores = other.dtype.kind == "f" and (other % 1).any()
         if other.shape[:1] == (len(images),) and not scores:
@@ -514,33 +516,38 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
 
 
 # ----------------------------------------------------------------------------- files
+LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
+          "under train/ and under test/ or val/; move everything else away")
+
+
 @dataclass(eq=False)
 class Files:
     """Files of a folder or of an archive; their names are sorted and go from `path`, with /."""
 
     path: str
-    names: list[str]
+    names: list[str]  # of images, once they have been sifted
     read: Callable[[str], bytes]
+    tables: list[str] = field(default_factory=list)  # that hold many images, or their labels
 
     def __len__(self):
         return len(self.names)
 
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
-        start = os.path.join(folder, "")
-        names = [name.removeprefix(start) for name in self.names if name.startswith(start)]
+        start = os.path.join(folder, "")  # nothing for ""
+        names, tables = ([n.removeprefix(start) for n in every if n.startswith(start)]
+                         for every in (self.names, self.tables))
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
-                     lambda name: self.read(start + name))
+                     lambda name: self.read(start + name), tables)
 
-    def unexpected(self, reason: str) -> UserError:
+    def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
-        folders = collections.Counter(os.path.join(os.path.dirname(n), "") for n in self.names)
+        folders = collections.Counter(
+            os.path.join(os.path.dirname(name), "") for name in sorted(self.names + self.tables))
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
         return UserError(f"{printable(self.path)} holds images or tables in {found}; {reason}")
 
 
-LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
-          "under train/ and under test/ or val/; move everything else away")
 # Formats that Pillow knows by name, but that hold no pixels, or need another program to draw them.
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
@@ -611,7 +618,7 @@ def list_tar(path: str) -> Files:
             name = os.path.basename(member.name)
             if member.isfile() and CIFAR.fullmatch(name):
                 contents[name] = archive.extractfile(member).read()
-    return Files(path, sorted(contents), contents.__getitem__)
+    return Files(path, [], contents.__getitem__, sorted(contents))
 
 
 def sift(files: Files) -> tuple[Files, str]:
@@ -630,17 +637,20 @@ def sift(files: Files) -> tuple[Files, str]:
         found = [p for p in places if p in runs or is_hidden(os.path.basename(p))]
         return f"in {found[0] or '.'}" if found else ""
 
-    data = []
+    images = []
+    tables = []
     others = collections.Counter()
     for name, (folder, base) in zip(files.names, split, strict=True):
         if ignored(folder):
             others[ignored(folder)] += 1
-        elif (is_image(base) or is_table(base)) and not is_hidden(base):
-            data.append(name)
+        elif is_image(base) and not is_hidden(base):
+            images.append(name)
+        elif is_table(base):
+            tables.append(name)
         elif base not in ("", "labels.npy", "classes.json"):
             others["hidden " * is_hidden(base) + (ending(base) or base)] += 1
     words = printable(shortened([f"{n} {what}" for what, n in others.items()], 12))
-    return replace(files, names=data), f"ignored: {words}" * bool(words)
+    return replace(files, names=images, tables=tables), f"ignored: {words}" * bool(words)
 
 
 # ----------------------------------------------------------------------------- layouts
@@ -648,20 +658,17 @@ def read_files(everything: Files) -> dict[str, Images]:
     """The splits in a folder or an archive: train, test and val, or a single one without a name."""
     data, ignored = sift(everything)
     files, _ = stepped_into(data)
-    if not files.names:
-        kinds = set(map(ending, everything.names))
+    names = files.names + files.tables
+    if not names:
         raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
-                        f"reads; {ignored}; {hint(everything.path, kinds, LAYOUT)}")
-    names = {name.partition("/")[0] for name in files.names if "/" in name}
-    flat = [name for name in files.names if "/" not in name]
-    found = {name.lower(): name for name in names if name.lower() in ("train", "test", "val")}
-    parts = {}
-    if "train" in found and len(found) == len(names) > 1 and not flat:
-        for split, name in found.items():
-            parts[split] = read_part(files.inside(name))[""]
-    elif "train" in found and len(found) > 1 or not flat and len(names) > 1 and all(
-            re.search("train|test|val|dev", name, re.I) for name in names):
-        raise files.unexpected(LAYOUT)
+                        f"reads; {ignored}; {hint(everything.path, everything.names)}")
+    tops = {name.partition("/")[0] for name in names}  # folders, and files that are here
+    found = {name.lower(): name for name in tops if name.lower() in ("train", "test", "val")}
+    alike = all(re.match("[^/]*(train|test|val|dev)[^/]*/", name, re.I) for name in names)
+    if "train" in found and len(found) == len(tops) > 1:
+        parts = {split: read_part(files.inside(name))[""] for split, name in found.items()}
+    elif "train" in found and len(found) > 1 or alike and len(tops) > 1:
+        raise files.unexpected()
     else:
         parts = read_part(data)
     for part in parts.values():
@@ -674,56 +681,50 @@ def stepped_into(files: Files) -> tuple[Files, str]:
 
     Where there are images, a table that does not lie beside or above all of them is no data.
     """
-    images = [name for name in files.names if is_image(name)]
-    tables = [name for name in files.names if not is_image(name)]
-    data = images or [name for name in tables if os.path.basename(name) != "dataset.json"]
-    if not data:
-        return replace(files, names=[]), ""
-    root = os.path.commonprefix([data[0], data[-1]]).rpartition("/")[0]  # they are sorted
-    if images:
+    tables = files.tables
+    if not files.names:
+        tables = [name for name in tables if os.path.basename(name) != "dataset.json"]
+    data = files.names or tables
+    root = os.path.commonprefix([*data[:1], *data[-1:]]).rpartition("/")[0]  # they are sorted
+    if files.names:
         tables = [n for n in tables if f"{root}/".startswith(os.path.join(os.path.dirname(n), ""))]
         root = os.path.dirname(min(tables, key=len)) if tables else root
-    kept = replace(files, names=images + tables)
-    return kept.inside(root) if root else kept, os.path.basename(root)
+    return replace(files, tables=tables).inside(root), os.path.basename(root)
 
 
 def read_part(files: Files) -> dict[str, Images]:
     """One split, or those that idx files and CIFAR-10's batches hold."""
     files, outer = stepped_into(files)
     path = printable(files.path)
-    names = [name for name in files.names if is_image(name)]
-    tables = files.names[len(names):]
-    if tables and tables != ["dataset.json"] and (names or any("/" in name for name in tables)):
-        raise files.unexpected(LAYOUT)
-    if any(map(IDX.fullmatch, tables)):
-        return read_idx(files)
-    if any(map(CIFAR.fullmatch, tables)):
-        return read_cifar(files)
-    if "images.npy" in tables:
-        with reading(path, "expected images.npy, labels.npy and classes.json in a folder on disk"):
-            arrays = {file.stem: np.load(file, mmap_mode="r")
-                      for file in sorted(Path(files.path).glob("*.npy"))}
-            known = Path(files.path, "classes.json")
-            classes = json.loads(known.read_text()) if known.exists() else None
-        return {"": read_arrays(path, arrays, classes)}
-    images = Images(path, replace(files, names=names))
-    folders = [os.path.dirname(name) for name in names]
-    number = {folder: printable(folder) for folder in sorted(set(folders))}
-    if tables:
-        images = replace(images, labels=json_labels(files, names))
-    elif list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
-        images.classes = [printable(outer)] if outer else None
-    elif "" in number or "/" in "".join(number):
-        raise files.unexpected(LAYOUT)
-    elif are_shards(names):
-        raise files.unexpected(hint(files.path, ["shards"], ""))
-    else:
-        numeric = all(map(str.isdecimal, number))
-        classes = sorted(set(number.values()), key=int if numeric else None)
-        number = {folder: classes.index(name) for folder, name in number.items()}
-        labels = np.array([number[folder] for folder in folders])
-        images = replace(images, labels=labels, classes=classes)
-    return {"": images}
+    folders = [os.path.dirname(name) for name in files.names]
+    number = {folder: printable(folder) for folder in set(folders)}
+    if files.tables == ["dataset.json"]:
+        return {"": Images(path, files, json_labels(files))}
+    if files.tables and (files.names or "/" in "".join(files.tables)):
+        raise files.unexpected()
+    if "images.npy" in files.tables:
+        return read_npy(files.path)
+    if files.tables:
+        return read_idx(files) if IDX.fullmatch(files.tables[0]) else read_cifar(files)
+    if list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
+        return {"": Images(path, files, classes=[printable(outer)] if outer else None)}
+    if "" in number or "/" in "".join(number):
+        raise files.unexpected()
+    if are_shards(files.names):
+        raise files.unexpected(hint(files.path, files.names))
+    numeric = all(map(str.isdecimal, number))
+    classes = sorted(set(number.values()), key=int if numeric else None)
+    number = {folder: classes.index(name) for folder, name in number.items()}
+    return {"": Images(path, files, [number[folder] for folder in folders], classes)}
+
+
+def read_npy(path: str) -> dict[str, Images]:
+    """A folder that `prepare` wrote; its images stay on disk."""
+    with reading(printable(path), "expected images.npy and labels.npy in a folder on disk"):
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in Path(path).glob("*.npy")}
+        names = Path(path, "classes.json")
+        classes = json.loads(names.read_bytes()) if names.exists() else None
+    return {"": read_arrays(path, arrays, classes)}
 
 
 def are_shards(names: list[str]) -> bool:
@@ -732,57 +733,61 @@ def are_shards(names: list[str]) -> bool:
     return all(found) and all(int(a[1]) < int(b[1]) for a, b in itertools.pairwise(found))
 
 
-def json_labels(files: Files, names: list[str]) -> list[int] | None:
+def json_labels(files: Files) -> list[int] | None:
     """The labels in dataset.json, {"labels": [[name, label], ...]}; None if it says null."""
     path = f"{printable(files.path)}/dataset.json"
     with reading(path, 'expected {"labels": [[name, label], ...]} with all images; correct it'):
         pairs = json.loads(files.read("dataset.json"))["labels"]
         table = dict(pairs or [])
-        return None if pairs is None else [operator.index(table[name]) for name in names]
+        return None if pairs is None else [operator.index(table[name]) for name in files.names]
 
 
 # ----------------------------------------------------------------------------- other formats
-# What else people have, and the one command that brings it over: by endings, or names of arrays.
+# What else people have, and the one command that brings it over. The keys are searched for in the
+# names of files or of an .npz's arrays; PATH is what was opened.
 ARRAYS = ("write them as this reads them (python -c 'import os, numpy as n; a = n.load(\"PATH\"); "
           "[(os.makedirs(\"OUT/\" + s), n.save(f\"OUT/{s}/images.npy\", a[IMAGES]), n.save("
           "f\"OUT/{s}/labels.npy\", a[LABELS].ravel())) for s in (\"train\", \"test\")]') and pass "
           "--data OUT")
-UNPACK = "unpack it (mkdir OUT && find PATH -type f -exec tar -xf {} -C OUT \\;), pass --data OUT"
 HINTS = {
-    "x_train": ARRAYS.replace("IMAGES", '"x_" + s').replace("LABELS", '"y_" + s'),  # Keras
-    "train_images":  # MedMNIST
+    "^x_train$": ARRAYS.replace("IMAGES", '"x_" + s').replace("LABELS", '"y_" + s'),  # Keras
+    "^train_images$":  # MedMNIST
         ARRAYS.replace("IMAGES", 's + "_images"').replace("LABELS", 's + "_labels"'),
-    "data":
+    "^data$":
         "if this is ImageNet-64, write it as this reads it (python -c 'import os, glob, numpy as "
         "n; a = [n.load(f) for f in sorted(glob.glob(\"FOLDER/train*.npz\"))]; os.makedirs("
         "\"OUT\"); n.save(\"OUT/images.npy\", n.concatenate([b[\"data\"].reshape(len(b[\"data\"]), "
         "3, -1, round((b[\"data\"].shape[1] / 3) ** .5)).transpose(0, 2, 3, 1) for b in a])); "
         "n.save(\"OUT/labels.npy\", n.concatenate([b[\"labels\"] for b in a]) - 1)') and pass "
         "--data OUT",
-    ".parquet":
+    r"\.parquet$":
         "write its images into class folders (python -c 'import os, glob, pandas as p; t = "
         "p.concat(map(p.read_parquet, sorted(glob.glob(\"FOLDER/**/train*.parquet\", "
         "recursive=True)))); x = next(c for c in t if isinstance(t[c].iloc[0], dict)); y = next("
         "c for c in t if t[c].dtype.kind in \"iu\"); [(os.makedirs(f\"OUT/{k}\", exist_ok=True), "
         "open(f\"OUT/{k}/{i:08}.png\", \"wb\").write(v[\"bytes\"])) for i, (v, k) in enumerate("
         "zip(t[x], t[y]))]') and pass --data OUT",
-    ".npz": "pass one of the .npz files",
-    ".zip": "unpack it (find PATH -name '*.zip' -exec unzip {} -d OUT \\;), pass --data OUT",
-    **dict.fromkeys([".tar", ".gz", ".tgz", ".xz", ".bz2"], UNPACK),
-    "shards":
+    r"\.(tar(\.\w+)?|tgz)$":
+        "unpack it (mkdir OUT && find PATH -type f -exec tar -xf {} -C OUT \\;), pass --data OUT",
+    r"\.zip$": "unpack it (find PATH -name '*.zip' -exec unzip {} -d OUT \\;), pass --data OUT",
+    r"\.npz$": "pass one of the .npz files",
+    r"^\d+/":
         "its folders look like numbered parts of one set, not like classes; bring the images into "
         "one folder (mkdir OUT && find PATH -type f -exec cp {} OUT \\;) and pass --data OUT; or, "
         "if they are classes, give them names",
 }
 
 
-def hint(path: str, found: Iterable[str], otherwise: str) -> str:
-    """What to do about a source in which such files or arrays were found."""
+def hint(path: str, found: Iterable[str], otherwise: str = LAYOUT) -> str:
+    """What to do about a source in which files, or arrays, of these names were found."""
+    path = re.sub(r"(\.zip)/.*", r"\1", path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    for kind, text in HINTS.items():
-        if kind in found:
-            return text.replace("find PATH", f"find {shlex.quote(path)}").replace(
-                "PATH", path).replace("FOLDER", folder)
+    for pattern, text in HINTS.items():
+        if any(re.search(pattern, name) for name in found):
+            if path.endswith(".zip"):
+                text = re.sub("mkdir.* cp {} OUT .;", "unzip -j PATH -d OUT", text)
+            text = text.replace(" PATH ", f" {shlex.quote(path)} ")
+            return text.replace("PATH", path).replace("FOLDER", folder)
     return otherwise
 
 
@@ -791,7 +796,7 @@ def read_idx(files: Files) -> dict[str, Images]:
     """The splits in idx files, MNIST's format."""
     parts = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        if any(name.startswith(prefix) for name in files.names):
+        if any(name.startswith(prefix) for name in files.tables):
             arrays = {kind: idx_array(files, f"{prefix}-{kind}") for kind in ("images", "labels")}
             parts[split] = read_arrays(files.path, arrays)
     return parts
@@ -799,7 +804,7 @@ def read_idx(files: Files) -> dict[str, Images]:
 
 def idx_array(files: Files, stem: str) -> np.ndarray:
     """The array in the file whose name begins with `stem`, unpacked if there is also a .gz."""
-    name = next((name for name in files.names if name.startswith(stem)), None)
+    name = next((name for name in files.tables if name.startswith(stem)), None)
     path = printable(files.path)
     if not name:
         raise UserError(f"{path} has no {stem}-idx file beside the others; add it")
@@ -818,7 +823,7 @@ def read_cifar(files: Files) -> dict[str, Images]:
     path = printable(files.path)
     parts = {}
     for split, stem, count in (("train", "data_batch", 5), ("test", "test_batch", 1)):
-        names = [name for name in files.names if name.startswith(stem)]
+        names = [name for name in files.tables if name.startswith(stem)]
         names = [name for name in names if name.endswith(".bin")] or names
         if len(names) not in (0, count):
             raise UserError(f"{path} holds {len(names)} of CIFAR-10's {count} training batches; "
@@ -909,12 +914,9 @@ KNOWN = {
 def fetch(name: str) -> Path:
     """The folder with the data set `name`; missing files are downloaded and checked."""
     folder = cache_directory() / name
-    with reading(folder, "set XDG_CACHE_HOME to a folder that can be written to"):
-        folder.mkdir(parents=True, exist_ok=True)
-    there = [file for file in os.listdir(folder) if not file.endswith(".tmp")]
+    folder.mkdir(parents=True, exist_ok=True)
     for file, sha256 in KNOWN[name].files.items():
-        stem = file.partition("-idx")[0]  # the user's own file may have another ending
-        if not any(found.startswith(stem) for found in there):
+        if not any(folder.glob(f"{file.partition('-idx')[0]}*")):  # it may have another ending
             receive = functools.partial(download, KNOWN[name].address + file, sha256, folder)
             write_file(folder / file, receive)
     return folder
@@ -932,8 +934,7 @@ def download(url: str, sha256: str, folder: Path, file) -> None:
             file.write(block)
             progress(file.tell() >> 20)
         if digest.hexdigest() != sha256:
-            raise ValueError(f"got {file.tell():,} bytes with the sha256 {digest.hexdigest()}, "
-                             f"expected the sha256 {sha256}")
+            raise ValueError(f"its sha256 is {digest.hexdigest()}, expected {sha256}")
 
 
 # ----------------------------------------------------------------------------- built-in digits
@@ -953,21 +954,17 @@ def draw_digit(label: int, size: int, rng: np.random.Generator) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=4)
-def drawn_digits(num: int, size: int, channels: int, seed: int) -> np.ndarray:
+def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
     """Draws `num` digits, all classes in turn; image i depends on (seed, i) alone."""
+    if size is None:
+        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
+                        "other images instead")
     progress = Progress(f"drawing digits of {size}x{size}", num, quiet=processes()[0] > 0)
     array = np.empty((num, size, size, channels), np.uint8)
     for i in range(num):
-        array[i] = Crop(None, channels)(draw_digit(i % 10, size, np.random.default_rng([seed, i])))
+        image = draw_digit(i % 10, size, np.random.default_rng([seed, i]))
+        array[i] = Crop(None, channels)(image)
         progress(i + 1)
-    return array
-
-
-def digits(num: int, crop: Crop, seed: int) -> Images:
-    if not crop.size:
-        raise UserError("the digits are drawn at a model's size, which is not known here; pass "
-                        "other images instead")
-    array = drawn_digits(num, crop.size, crop.channels, seed)
     return Images("digits", array, np.arange(num) % 10, list("0123456789"))
 
 
@@ -1067,8 +1064,9 @@ def batches(
             order = np.random.default_rng([seed, number]).permutation(len(images))
         return order, np.random.default_rng([seed, number, 1]).random(len(order)) < 0.5
 
+    m = len(epoch(0)[0])
+
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        m = len(epoch(0)[0])
         uid = step * batch_size + rank * share + np.arange(share)
         places, mirrored = zip(*([part[g % m] for part in epoch(g // m)] for g in uid), strict=True)
         pixels, labels = images.batch(places)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.cli import Progress, UserError, warn, write_file
 from support.data import Images, dequantize, image_generators, quantize
-from support.distributed import gather, share
+from support.distributed import gather, share, sum_over_processes
 
 COMPILE_FROM = 1000  # images per GPU: drawing fewer takes less time than compiling
 
@@ -228,8 +228,7 @@ def evaluate(model: nn.Module, images: Images, noise: str, sigma: float,
     nats_per_dim and the parts of `model.log_prob` are negative log-likelihoods, logdet is
     log|det|; all are divided by D, the number of values of an image. Each image has its own fixed
     noise. bits_per_dim is given only for uniform noise (rgb ends as that), where it is an upper
-    bound for the 8-bit data. Rank 0 gets the result, the others {}. Raises UserError for a model
-    without log_prob, or without noise.
+    bound for the 8-bit data. Raises UserError for a model without log_prob, or without noise.
     """
     if not hasattr(model, "log_prob"):
         raise UserError(f"{model.model_name} has no likelihood; score its samples with fid.py")
@@ -242,32 +241,27 @@ def evaluate(model: nn.Module, images: Images, noise: str, sigma: float,
     places = np.arange(len(images))
     if num is not None:
         places = places[::max(1, math.ceil(len(places) / num))]
-    mine = share(len(places))
-    mine = places[mine.start:mine.stop]
+    n = len(places)
+    part = share(n)
+    mine = places[part.start:part.stop] if part else places[:1]  # one at least, to know the parts
     progress = Progress("evaluated", len(mine), quiet)
-    found = None  # the names of the parts, and their sums and sums of squares (2, parts)
+    sums = 0
     for i in range(0, len(mine), 50):
-        part = mine[i:i + 50]
-        pixels, labels = images.batch(part)
-        generators = image_generators(1, images.numbers[part], device)
+        some = mine[i:i + 50]
+        pixels, labels = images.batch(some)
+        generators = image_generators(1, images.numbers[some], device)
         x = dequantize(pixels.to(device), noise, sigma, generators)
         conditional = model.config.num_classes or labels.is_floating_point()
         log_p = model.log_prob(x, labels.to(device) if conditional else None)
         values = torch.stack(list(log_p)).double() / x[0].numel()  # (parts, b)
-        sums = torch.stack([values.sum(1), values.square().sum(1)])
-        found = (log_p._fields, sums if found is None else found[1] + sums)
-        progress(i + len(part))
-    everyone = [each for each in gather(found) if each is not None]
-    if not everyone:
-        return {}
-    n = len(places)
-    names = everyone[0][0]
-    mean, square = (sum(sums.cpu() for _, sums in everyone) / n).tolist()
-    total = names.index("total")
-    variance = max(square[total] - mean[total] ** 2, 0)
-    error = math.sqrt(variance / max(n - 1, 1))
+        sums = sums + torch.stack([values.sum(1), values.square().sum(1)])  # (2, parts)
+        progress(i + len(some))
+    sums = sum_over_processes(sums if part else torch.zeros_like(sums))
+    mean, square = (sums / n).tolist()
+    total = log_p._fields.index("total")
+    error = math.sqrt(max(square[total] - mean[total] ** 2, 0) / max(n - 1, 1))
     parts = {name: value if name == "logdet" else 0.0 - value  # no -0.0
-             for name, value in zip(names, mean, strict=True)}
+             for name, value in zip(log_p._fields, mean, strict=True)}
     result = dict(nats_per_dim=parts.pop("total"), standard_error=error, images=n, **parts)
     result["noise"] = noise if noise != "gaussian" else f"gaussian, sigma {sigma:g}"
     if noise == "uniform":

@@ -2,8 +2,9 @@
 
  1. Exact: what a run saved has its inverse and density still (all of it: test_farmer.py).
  2. A run that is killed resumes to the bit; ckpt.pt is never half a file; a full disk loses
-    nothing that was saved; Ctrl-C saves.
- 3. torchrun with two processes is one process, in training and in sampling.
+    nothing that was saved; Ctrl-C saves; files of others are left alone.
+ 3. Several processes are one process, in training and in sampling, with whatever share each has;
+    when one of them fails, or sees other files, all end and say so.
  4. Which image one gets depends on (seed, number) alone.
  5. A checkpoint is data: no code in it runs, its model is the name of a plain module.
  6. A user's mistake is one line and exit code 2, and nothing is written; a bug in a fork shows its
@@ -17,41 +18,43 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import fid
 import sample
 import train
 from results import likelihood
-from support import checkpoints, cli
+from support import checkpoints, cli, sampling
 from support.checkpoints import load
 from support.conftest import (
+    REPOSITORY,
     SMALL_FLAGS,
-    command,
+    Started,
+    checkpoint,
     fails,
     same_weights,
-    succeeds,
-    torchrun,
     weights,
 )
-from support.sampling import sample_images
 
 
 def drawn(model, labels, seed: int, batch_size: int, start: int = 0) -> np.ndarray:
     options = model.config.sampling
-    batches = sample_images(model, labels, options, seed, batch_size, start)
+    batches = sampling.sample_images(model, labels, options, seed, batch_size, start)
     return np.concatenate([images for _, images, _ in batches])
 
 
 # ----------------------------------------------------------------------------- 1
-def test_promise_1_a_trained_flow_is_inverted_and_its_parts_add_up(digits_run):
-    model, _ = load(digits_run)
+def test_promise_1_a_trained_flow_is_inverted_and_its_parts_add_up(small_run):
+    model, _ = load(small_run)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.3
     X = model.patches(x)
     Z, _ = model.flow(X)
@@ -62,47 +65,64 @@ def test_promise_1_a_trained_flow_is_inverted_and_its_parts_add_up(digits_run):
 
 
 # ----------------------------------------------------------------------------- 2
+def lines(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def wait_for(started: Started, log: Path, count: int) -> None:
+    """Waits until a run has logged so many lines."""
+    while started.processes[0].is_alive() and lines(log) < count:
+        time.sleep(0.01)
+
+
 def test_promise_2_a_killed_run_resumes_to_the_bit(tmp_path, tiny_data):
-    # a file of images, so that worker processes decode them, and averages, which are saved too
-    folder = tmp_path / "data"
-    digits = np.load(tiny_data)
-    for i, (image, label) in enumerate(zip(digits["images"], digits["labels"], strict=True)):
-        (folder / str(label)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / str(label) / f"{i:02d}.png")
-    flags = [*SMALL_FLAGS, "--workers", "1", "--ema", "0.9", "--optimizer", "muon", "--steps", "40",
-             "--save-every", "7", "--log-every", "1", "--data", str(folder)]
-    killed = tmp_path / "killed"
-    undisturbed = command("train.py", *flags, "--out", tmp_path / "whole")
-    process = command("train.py", *flags, "--out", killed)
-    log = killed / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 12):
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    saved = torch.load(killed / "ckpt.pt", weights_only=True)["extra"]["step"]
-    assert 0 < saved < 40 and saved % 7 == 0
-    succeeds(command("train.py", *flags, "--resume", "--out", killed))
-    succeeds(undisturbed)
-    assert same_weights(weights(killed), weights(tmp_path / "whole"))
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 41)), steps
+    flags = [*SMALL_FLAGS, "--ema", "0.9", "--optimizer", "muon", "--steps", "40",
+             "--save-every", "7", "--log-every", "1", "--data", tiny_data]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = Started(tmp_path / "o1", "train.py", *flags, "--out", whole)
+    process = Started(tmp_path / "o2", "train.py", *flags, "--out", killed)
+    wait_for(process, killed / "log.jsonl", 12)
+    process.processes[0].kill()
+    process.end(-9)
+    (killed / ".ckpt.pt.abc.unfinished").write_text("of a save that was killed")
+    (killed / "notes.tmp").write_text("mine")
+    assert 0 < checkpoint(killed)["extra"]["step"] < 40
+    assert checkpoint(killed)["extra"]["step"] % 7 == 0
+    Started(tmp_path / "o2", "train.py", *flags, "--resume", "--out", killed).end()
+    undisturbed.end()
+    assert same_weights(weights(killed), weights(whole))
+    log = (killed / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 41))
+    assert sorted(os.listdir(killed)) == sorted([*os.listdir(whole), "notes.tmp"])
 
 
-def test_promise_2_a_full_disk_loses_nothing_that_was_saved(small_run, tmp_path, monkeypatch,
-                                                            capsys):
+def limit_files(size: int) -> None:
+    """No file may grow beyond this, as on a disk that is full."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
+
+
+@pytest.mark.parametrize("size", [0, 50_000])
+def test_promise_2_a_full_disk_loses_nothing_that_was_saved(small_run, tmp_path, size):
     model, extra = load(small_run)
     file = tmp_path / "ckpt.pt"
     checkpoints.save(file, model, **extra)
     before = file.read_bytes()
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(cli.os, "fsync", full)
-    with pytest.raises(cli.UserError, match="No space left"):
-        checkpoints.save(file, model, **extra)
+    assert len(before) > 100_000
+    limit_files(size)
+    try:
+        with pytest.raises(cli.UserError, match="ckpt.pt: cannot be written"):
+            checkpoints.save(file, model, **extra)
+    finally:
+        limit_files(-1)
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == ["ckpt.pt"]
+    umask = os.umask(0o027)
+    try:
+        checkpoints.save(file, model, **extra)
+    finally:
+        os.umask(umask)
+    assert file.stat().st_mode & 0o777 == 0o640
 
 
 def test_promise_2_a_disk_that_fills_up_is_said_with_the_step_that_is_there(tmp_path, tiny_data,
@@ -112,95 +132,188 @@ def test_promise_2_a_disk_that_fills_up_is_said_with_the_step_that_is_there(tmp_
 
     def fills_up(descriptor):
         calls.append(1)
-        if len(calls) > 4:  # the log, and the checkpoints of steps 0, 4 and 8
+        if len(calls) > 5:  # data.png, the log, and the checkpoints of steps 0, 4 and 8
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
     monkeypatch.setattr(cli.os, "fsync", fills_up)
     out = tmp_path / "run"
     flags = [*SMALL_FLAGS, "--steps", "20", "--save-every", "4", "--data", tiny_data]
-    fails(capsys, train, [*flags, "--out", out], "No space left", "saved at step 8", "--resume")
-    assert torch.load(out / "ckpt.pt", weights_only=True)["extra"]["step"] == 8
+    fails(capsys, train, [*flags, "--out", out], "No space left", "saved at step 8")
+    assert checkpoint(out)["extra"]["step"] == 8
 
 
 def test_promise_2_ctrl_c_saves(tmp_path, tiny_data):
     out = tmp_path / "run"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    process = command("train.py", *SMALL_FLAGS, "--steps", "100000", "--log-every", "1",
-                      "--data", tiny_data, "--out", out)
-    signal.signal(signal.SIGINT, before)
-    log = out / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, printed
+    run = Started(tmp_path, "train.py", *SMALL_FLAGS, "--steps", "100000", "--log-every", "1",
+                  "--data", tiny_data, "--out", out)
+    wait_for(run, out / "log.jsonl", 3)
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    (printed,) = run.end(130)
     assert "Traceback" not in printed
     step = int(re.search(r"stopped at step (\d+), saved", printed)[1])
-    assert torch.load(out / "ckpt.pt", weights_only=True)["extra"]["step"] == step >= 3
+    assert checkpoint(out)["extra"]["step"] == step >= 3
 
 
-def test_promise_2_data_that_fails_in_the_middle_costs_no_step(tmp_path, tiny_data, monkeypatch,
-                                                               capsys):
-    real = train.batches
-
-    def failing(*args, **options):
-        source = real(*args, **options)
-        for _ in range(3):
-            yield next(source)
-        raise cli.UserError("d/1.png: cannot be read")
-
-    monkeypatch.setattr(train, "batches", failing)
+def test_promise_2_two_runs_do_not_share_a_folder(tmp_path, tiny_data, capsys):
     out = tmp_path / "run"
-    fails(capsys, train, [*SMALL_FLAGS, "--data", tiny_data, "--out", out], "d/1.png",
-          "saved at step 3", "--resume")
-    assert torch.load(out / "ckpt.pt", weights_only=True)["extra"]["step"] == 3
+    flags = [*SMALL_FLAGS, "--data", tiny_data, "--out", out]
+    run = Started(tmp_path, "train.py", *flags, "--steps", "100000", "--log-every", "1")
+    wait_for(run, out / "log.jsonl", 3)
+    fails(capsys, train, [*flags, "--steps", "100000", "--resume"], "another process")
+    os.kill(run.processes[0].pid, signal.SIGTERM)
+    run.end(128 + signal.SIGTERM)
 
 
 # ----------------------------------------------------------------------------- 3
 def test_promise_3_two_processes_train_as_one(tmp_path, tiny_data):
     flags = [*SMALL_FLAGS, "--steps", "4", "--data", tiny_data, "--micro-batch", "2",
              "--holdout", "1", "--log-every", "1", "--ema", "0.9"]
-    two = torchrun("train.py", *flags, "--out", tmp_path / "two")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--local-addr=127.0.0.1",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    two = subprocess.run(
+        [sys.executable, *torchrun, "train.py", *map(str, flags), "--out", tmp_path / "two"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr
     train.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
-    succeeds(two)
     a = weights(tmp_path / "one")
     b = weights(tmp_path / "two")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
     logs = []
     for run in ("one", "two"):
-        lines = (tmp_path / run / "log.jsonl").read_text().splitlines()
-        logs.append([json.loads(line) for line in lines])
+        text = (tmp_path / run / "log.jsonl").read_text()
+        logs.append([json.loads(line) for line in text.splitlines()])
     for one, other in zip(*logs, strict=True):
         assert one.keys() == other.keys()
         for key in one.keys() - {"images_per_s", "minutes"}:
             assert one[key] == pytest.approx(other[key], abs=1e-5), key
 
 
-def test_promise_3_two_processes_sample_and_evaluate_as_one(small_run, tmp_path, capsys):
-    two = tmp_path / "two.npz"
-    one = tmp_path / "one.npz"
-    sampled = torchrun("sample.py", small_run, "-n", "13", "--log-prob", "--out", two)
-    sample.main([str(small_run), "--num", "13", "--log-prob", "--out", str(one)])
-    succeeds(sampled)
-    with np.load(one) as a, np.load(two) as b:
-        assert a.files == b.files
-        for name in a.files:
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
-    evaluated = torchrun("train.py", "--eval", small_run)
+@pytest.mark.parametrize("num", ["13", "2"])
+def test_promise_3_three_processes_sample_and_evaluate_as_one(small_run, tmp_path, capsys, num):
+    three, one = tmp_path / "three.npz", tmp_path / "one.npz"
+    argv = ["sample.py", small_run, "--num", num, "--log-prob", "--batch-size", "3", "--out"]
+    sampled = Started(tmp_path / "o1", *argv, three, ranks=3)
+    evaluated = Started(tmp_path / "o2", "train.py", "--eval", small_run, ranks=3)
+    sample.main([str(a) for a in [*argv[1:], one]])
     capsys.readouterr()
     train.main(["--eval", str(small_run)])
     alone = json.loads(capsys.readouterr().out)
-    printed = succeeds(evaluated)
+    sampled.end()
+    with np.load(one) as a, np.load(three) as b:
+        assert a.files == b.files
+        for name in a.files:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+    printed = evaluated.end()[0]
     together = json.loads(printed[printed.index("{\n"):printed.index("\n}") + 2])
     assert together.pop("noise") == alone.pop("noise")
     assert together == pytest.approx(alone, rel=1e-5)
 
 
+def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path):
+    np.savez(tmp_path / "d.npz", images=np.zeros((9, 16, 16, 3), np.uint8))
+    out = tmp_path / "run"
+    Started(tmp_path, "train.py", *SMALL_FLAGS, "--batch-size", "6", "--steps", "1", "--holdout",
+            "1", "--data", tmp_path / "d.npz", "--out", out, ranks=3).end()
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["val_images"] == 1 and (out / "samples.png").exists()
+    assert checkpoint(out)["config"]["sampling"]["guidance"] == 0  # there are no classes
+
+
+def own_folder(rank: int) -> None:
+    os.makedirs(f"n{rank}", exist_ok=True)
+    os.chdir(f"n{rank}")
+
+
+def test_promise_3_processes_that_see_other_files_say_so(tmp_path, tiny_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["train.py", *SMALL_FLAGS, "--steps", "2", "--data", tiny_data, "--out", "run"]
+
+    def together(*more) -> str:
+        started = Started(tmp_path / "o", *flags, *more, ranks=2, before=in_folder(tmp_path))
+        first, second = started.end(2, 2)
+        assert second.count("error") == 0 and first.count("error") == 1, (first, second)
+        return first
+
+    Started(tmp_path / "o", *flags, ranks=2, before=in_folder(tmp_path)).end()
+    assert checkpoint(tmp_path / "n0/run")["extra"]["step"] == 2
+    assert not (tmp_path / "n1/run").exists()
+    printed = together("--resume", "--steps", "4")
+    assert "process 1: step is 0, but 2 in process 0" in printed
+    np.savez(tmp_path / "n0/d.npz", images=np.zeros((9, 16, 16, 3), np.uint8))
+    printed = together("--data", "d.npz", "--out", "other")
+    assert "process 1: " in printed and "d.npz" in printed
+    assert not (tmp_path / "n0/other").exists()
+    np.savez(tmp_path / "n1/d.npz", images=np.ones((9, 16, 16, 3), np.uint8))
+    assert "process 1: images is " in together("--data", "d.npz", "--out", "other")
+
+
+class in_folder:
+    """Each process works in a folder of its own, as on machines without a common disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, rank: int) -> None:
+        os.chdir(self.path)
+        own_folder(rank)
+
+
+def second_fails_in_step_3(rank: int) -> None:
+    real = train.lr_at
+
+    def lr_at(settings, step):
+        if rank == 1 and step == 2:
+            raise ValueError("this one fails")
+        return real(settings, step)
+
+    train.lr_at = lr_at
+
+
+def second_is_stopped_in_step_3(rank: int) -> None:
+    real = train.lr_at
+
+    def lr_at(settings, step):
+        if rank == 1 and step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(settings, step)
+
+    train.lr_at = lr_at
+
+
+def test_promise_3_when_one_process_fails_the_others_end(tmp_path, tiny_data):
+    out = tmp_path / "run"
+    run = Started(tmp_path, "train.py", *SMALL_FLAGS, "--batch-size", "6", "--steps", "100",
+                  "--data", tiny_data, "--save-every", "2", "--out", out, ranks=3,
+                  before=second_fails_in_step_3)
+    printed = run.end(2, 2, 2)
+    assert "error: this one fails" in printed[1]
+    for text in printed[::2]:
+        assert "another process has ended" in text and "Traceback" not in text
+    assert checkpoint(out)["extra"]["step"] == 2
+
+
+def test_promise_3_a_stop_signal_to_one_process_stops_all_and_saves(tmp_path, tiny_data):
+    out = tmp_path / "run"
+    run = Started(tmp_path, "train.py", *SMALL_FLAGS, "--steps", "100", "--data", tiny_data,
+                  "--out", out, ranks=2, before=second_is_stopped_in_step_3)
+    printed = run.end(143, 143)
+    assert "stopped at step 3, saved" in printed[0] and "saved" not in printed[1]
+    assert checkpoint(out)["extra"]["step"] == 3
+
+
+def test_promise_3_more_processes_than_gpus_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    fails(capsys, train, [], "more processes than the 1 GPUs")
+
+
 # ----------------------------------------------------------------------------- 4
-def test_promise_4_an_image_depends_on_seed_and_number_alone(digits_run):
-    model, _ = load(digits_run)
+def test_promise_4_an_image_depends_on_seed_and_number_alone(small_run):
+    model, _ = load(small_run)
     labels = torch.arange(7)
     whole = drawn(model, labels, seed=4, batch_size=7)
     parts = drawn(model, labels, seed=4, batch_size=3)
@@ -218,61 +331,56 @@ class Code:
 
 def test_promise_5_code_in_a_checkpoint_never_runs(small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    content = torch.load(small_run / "ckpt.pt", weights_only=True)
+    content = checkpoint(small_run)
     content["extra"]["code"] = Code()
     torch.save(content, "evil.pt")
     fails(capsys, sample, ["evil.pt"], "evil.pt", "cannot be read")
     assert not os.path.exists("ran")
 
 
-@pytest.mark.parametrize("name", ["os.path", "../mine", "a b", "nowhere"])
-def test_promise_5_its_model_is_a_plain_module_of_ours(small_run, tmp_path, monkeypatch, capsys,
-                                                       name):
-    monkeypatch.chdir(tmp_path)
-    content = torch.load(small_run / "ckpt.pt", weights_only=True)
-    content["model"] = name
-    torch.save(content, "evil.pt")
-    fails(capsys, sample, ["evil.pt"], name)
+@pytest.mark.parametrize("name", ["os.path", "../mine", "a b", "nowhere", "", 3])
+def test_promise_5_its_model_is_a_plain_module_of_ours(small_run, tmp_path, capsys, name):
+    torch.save(checkpoint(small_run) | {"model": name}, tmp_path / "evil.pt")
+    fails(capsys, sample, [tmp_path / "evil.pt"], f"--model: got '{name}'")
 
 
 def test_promise_5_a_damaged_or_foreign_checkpoint_is_one_line(small_run, tmp_path, capsys):
     good = bytearray((small_run / "ckpt.pt").read_bytes())
     file = tmp_path / "ckpt.pt"
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1  # one bit of the weights
     for damaged, word in (
         (good[:-1000], "cannot be read"),
         (b"no checkpoint", "cannot be read"),
-        (flipped(good), "damaged"),
+        (flipped, "damaged"),
     ):
         file.write_bytes(damaged)
         fails(capsys, sample, [file], "ckpt.pt", word)
-    content = torch.load(small_run / "ckpt.pt", weights_only=True)
-    torch.save(content | {"version": 2}, file)
-    fails(capsys, sample, [file], "version 2", "expected 3")
+    content = checkpoint(small_run)
+    torch.save(content | {"version": 3}, file)
+    fails(capsys, sample, [file], "version 3", "expected 4", "6f2226f", "train again")
     torch.save(content | {"weights": {}}, file)
     fails(capsys, sample, [file], "cannot be read")
-
-
-def flipped(good: bytearray) -> bytes:
-    """The same with one bit of the weights turned over."""
-    bad = bytearray(good)
-    bad[len(bad) // 2] ^= 1
-    return bytes(bad)
+    torch.save(content | {"extra": {}}, file)
+    fails(capsys, train, ["--resume", "--out", tmp_path], "no training run")
 
 
 # ----------------------------------------------------------------------------- 6
 @pytest.mark.parametrize("argv, words", [
-    ("--steps 0", ["steps", "got 0", "expected 1"]),
+    ("--steps 0", ["steps", "got 0", "least 1"]),
     ("--lr nan", ["lr", "nan"]),
     ("--batch-size 8 --micro-batch 3", ["batch_size", "got 8", "micro-batch 3"]),
     ("--label-drop 1", ["label_drop", "got 1"]),
     ("--informative-dim 99", ["informative_dim", "got 99", "48"]),
     ("--image-size 15", ["image_size", "got 15", "patch_size 4"]),
-    ("--num-classes 3", ["labels go from 0 to 9", "--num-classes"]),
+    ("--num-classes 3", ["classes that the model does not have", "3, 4"]),
     ("--noise blue", ["--noise", "blue", "gaussian"]),
     ("--data nowhere", ["nowhere"]),
-    ("--workers -1", ["--workers", "got -1", "at least 0"]),
+    ("--data=", ["--data"]),
+    ("--micro-batch -1", ["micro_batch", "got -1", "least 0"]),
     ("--no-such-flag", ["--no-such-flag"]),
-    ("--model no.such", ["--model no.such"]),
+    ("--model no.such", ["--model", "'no.such'"]),
+    ("--preset none", ["--preset", "none", "tiny"]),
     ("--eval nowhere", ["nowhere", "no such checkpoint"]),
     ("--eval x --distill y", ["--eval", "--distill"]),
     ("--holdout 7", ["hold out"]),
@@ -298,7 +406,12 @@ def test_promise_6_train_refuses_in_one_line_and_writes_nothing(tmp_path, tiny_d
 def test_promise_6_sample_refuses_in_one_line(small_run, tmp_path, monkeypatch, capsys, argv,
                                               words):
     monkeypatch.chdir(tmp_path)
-    fails(capsys, sample, [small_run, *argv.split()], *words)
+    monkeypatch.setattr(sample, "in_use", lambda *_: "")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.run_script(sample.main, [str(small_run), *argv.split()])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "error" in line and all(word in line for word in words), line
     assert os.listdir(tmp_path) == []
 
 
@@ -309,10 +422,31 @@ def test_promise_6_resume_refuses_what_would_be_another_run(small_run, tmp_path,
     for flags, words in (
         ("--lr 0.5", ["lr is", "0.5 was asked for"]),
         ("--flow-width 64", ["flow_width is 32", "64"]),
+        ("--precision bfloat16", ["precision is float32", "bfloat16"]),
+        ("--preset fashion", ["preset is tiny", "fashion"]),
+        ("--model baselines.tarflow", ["--model", "baselines.tarflow", "farmer"]),
         (f"--steps 20 --data {other}", ["not the images"]),
     ):
         argv = ["--resume", "--out", small_run, *flags.split()]
         fails(capsys, train, argv, *words)
+
+
+def test_promise_6_eval_scores_held_out_images_of_this_set_and_all_of_another(
+        small_run, tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL_FLAGS, "--steps", "1", "--out", "run", "--holdout", "1", "--data"]
+    train.main([*flags, str(tiny_data)])
+    (tmp_path / "moved.npz").write_bytes(tiny_data.read_bytes())
+    with np.load(tiny_data) as digits:
+        np.savez("other.npz", images=digits["images"][:30], labels=digits["labels"][:30])
+    for argv, count in ([], 10), (["--data", "moved.npz"], 10), (["--data", "other.npz"], 30), (
+            ["--data", "other.npz", "--holdout", "2"], 20):
+        capsys.readouterr()
+        train.main(["--eval", "run", *argv])
+        assert json.loads(capsys.readouterr().out)["images"] == count
+    train.main(["--eval", str(small_run)])
+    assert "the likelihood of its training images" in capsys.readouterr().err
+    fails(capsys, train, ["--eval", "run", "--lr", "1"], "lr", "only data")
 
 
 @pytest.mark.parametrize("mistake, error", [
@@ -322,6 +456,36 @@ def test_promise_6_a_bug_in_a_fork_shows_its_traceback(tmp_path, monkeypatch, mi
     (tmp_path / "buggy.py").write_text(mistake)
     with pytest.raises(error):
         cli.run_script(train.main, ["--model", "buggy"])
+
+
+def test_promise_6_farmer_debug_shows_every_traceback(monkeypatch):
+    monkeypatch.setenv("FARMER_DEBUG", "1")
+    with pytest.raises(ValueError, match="steps"):
+        cli.run_script(train.main, ["--steps", "0"])
+
+
+def test_promise_6_names_are_escaped_and_a_reader_may_leave():
+    code = ("from support import cli\n"
+            "def main(argv):\n"
+            "    while True:\n"
+            "        print('caf\\udce9')\n"
+            "cli.run_script(main)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "caf\\udce9\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 1
+
+
+def test_promise_6_the_time_left_is_told(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    progress = cli.Progress("sampled", 100)
+    for now[0], done in ((0.5, 10), (2.0, 20), (3.0, 30), (12.0, 50), (20.0, 100)):
+        progress(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "sampled 20/100, 0:00:08 left", "sampled 50/100, 0:00:12 left",
+        "sampled 100/100, 0:00:00 left"]
 
 
 # ----------------------------------------------------------------------------- 7
@@ -338,34 +502,36 @@ def test_promise_7_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_
     monkeypatch.setattr(train, "dequantize", sometimes)
     out = tmp_path / "run"
     fails(capsys, train, [*SMALL_FLAGS, "--data", tiny_data, "--out", out, "--save-every", "4"],
-          "step 6", "not finite", "holds step 4", "--resume")
-    content = torch.load(out / "ckpt.pt", weights_only=True)
+          "step 6", "not finite", "saved at step 4", "--resume")
+    content = checkpoint(out)
     assert content["extra"]["step"] == 4
     assert all(w.isfinite().all() for w in content["weights"].values())
 
 
 def test_promise_7_outlier_steps_are_skipped_and_counted(tmp_path, tiny_data, monkeypatch, capsys):
-    real = torch.nn.utils.clip_grad_norm_
+    norm, save = torch.nn.utils.clip_grad_norm_, train.save
     calls = []
+    kept = []
 
     def spiked(params, limit):
         calls.append(1)
-        return real(params, limit) * (1000 if len(calls) in (55, 57) or len(calls) > 60 else 1)
+        return norm(params, limit) * (1000 if len(calls) in (55, 57) or len(calls) > 60 else 1)
+
+    def keep(path, model, **extra):
+        save(path, model, **extra)
+        kept.append(checkpoint(path))
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spiked)
+    monkeypatch.setattr(train, "save", keep)
     out = tmp_path / "run"
     fails(capsys, train, [*SMALL_FLAGS, "--data", tiny_data, "--out", out, "--steps", "100",
-                          "--save-every", "1", "--keep", "50", "--log-every", "1"],
-          "20 steps in a row", "--guard 0")
-
-    def kept(step: int) -> dict:
-        return torch.load(out / f"ckpt-{step}.pt", weights_only=True)
-
-    assert same_weights(kept(54)["weights"], kept(55)["weights"])  # step 55 was skipped
-    assert not same_weights(kept(55)["weights"], kept(56)["weights"])
-    assert kept(58)["extra"]["skipped"] == 2
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines[53:58]] == [0, 1, 1, 2, 2]
+                          "--save-every", "1", "--log-every", "1"], "20 steps in a row",
+          "--guard 0")
+    assert same_weights(kept[54]["weights"], kept[55]["weights"])  # step 55 was skipped
+    assert not same_weights(kept[55]["weights"], kept[56]["weights"])
+    assert kept[58]["extra"]["skipped"] == 2
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in log[53:58]] == [0, 1, 1, 2, 2]
 
 
 # ----------------------------------------------------------------------------- 8
@@ -384,8 +550,8 @@ def test_promise_8_samples_that_are_not_finite_are_left_out_and_counted(small_ru
     out = tmp_path / "x.npz"
     sample.main([str(small_run), "--num", "10", "--batch-size", "5", "--out", str(out)])
     with np.load(out) as file:
-        assert len(file["images"]) == 8
-        assert file["labels"].tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+        assert len(file["arr_0"]) == 8
+        assert file["arr_1"].tolist() == [0, 1, 3, 4, 5, 6, 8, 9] == file["numbers"].tolist()
     assert "2 of 10 samples were not finite" in capsys.readouterr().err
 
 
@@ -413,29 +579,54 @@ def test_promise_10_a_fork_reads_a_data_format_of_its_own(tmp_path, monkeypatch,
     (tmp_path / "squares.py").write_text(
         "import numpy as np\n"
         "from examples.minimal_model import PRESETS, TRAINING, Config, Model, Sampling\n"
-        "from support.datasets import array_images\n\n"
+        "from support.data import Images\n\n"
         "def open_images(source):\n"
         "    if source != 'squares':\n"
         "        return None\n"
         "    array = np.random.default_rng(0).integers(0, 9, (20, 16, 16, 3), np.uint8)\n"
-        "    return array_images(source, array, np.arange(20) % 10)\n")
-    train.main("--model squares --data squares --steps 2 --workers 0 --out run".split())
+        "    return Images(source, array, np.arange(20) % 10)\n")
+    train.main("--model squares --data squares --steps 2 --out run".split())
     train.main(["--eval", "run"])
     likelihood.main(["posterior", "run"])
     assert "squares" in capsys.readouterr().err
-    fails(capsys, train, ["--model", "squares", "--data", "circles"], "circles does not exist")
+    fails(capsys, train, ["--model", "squares", "--data", "circles"], "circles")
 
 
-def test_promise_10_a_fork_beside_its_run_is_found(tmp_path, tiny_data, monkeypatch):
+def test_promise_10_a_fork_beside_its_run_is_found_and_all_that_it_made_lives(
+        tmp_path, tiny_data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fork.py").write_text(
         "import farmer\n"
-        "from farmer import PRESETS, TRAINING, Config, Sampling\n\n"
-        "class Model(farmer.Farmer):\n    pass\n")
-    train.main([*SMALL_FLAGS, "--model", "fork", "--steps", "2", "--data", str(tiny_data),
-                "--out", "run"])
+        "import numpy as np\n"
+        "import torch\n"
+        "from farmer import Sampling\n"
+        "from farmer import Config\n\n"
+        "PRESETS = {'small': Config(informative_dim=np.int64(24))}\n"
+        "TRAINING = {'small': dict(lr=np.float32(0.5), steps=np.int64(4))}\n\n"
+        "class Model(farmer.Farmer):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.plain = torch.linspace(0.5, 1, 3).view(3, 1, 1)\n"
+        "        self.listed = [torch.full((1,), 0.9)]\n"
+        "        self.register_buffer('unsaved', torch.full((1,), 1.1), persistent=False)\n\n"
+        "    def patches(self, images):\n"
+        "        return super().patches(images * self.plain * self.listed[0] * self.unsaved)\n")
+    flags = [*SMALL_FLAGS, "--data", str(tiny_data), "--holdout", "1", "--log-every", "1"]
+    train.main([*flags, "--model", "fork", "--out", "run", "--save-every", "2"])
+    scored = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     (tmp_path / "fork.py").rename(tmp_path / "run" / "fork.py")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    succeeds(command("sample.py", tmp_path / "run", "--num", "2", "--out", elsewhere / "x.png"))
+    sys.modules.pop("fork")
+    capsys.readouterr()
+    train.main(["--eval", str(tmp_path / "run")])
+    found = json.loads(capsys.readouterr().out)
+    assert found["nats_per_dim"] == pytest.approx(scored["val_nats_per_dim"], rel=1e-6)
+    train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "6"])
+    train.main(["--distill", str(tmp_path / "run"), "--out", str(tmp_path / "student")])
+    (tmp_path / "student/fork.py").write_text((tmp_path / "run/fork.py").read_text())
+    for run in ("run", "student"):
+        model, _ = load(tmp_path / run)
+        assert model.plain.tolist() == [[[0.5]], [[0.75]], [[1.0]]] and model.unsaved == 1.1
+        sample.main([str(tmp_path / run), "--num", "2", "--out", "x.npz"])

@@ -2,7 +2,8 @@
 
 - A picture has a row for each class that was asked for, by name or number, whatever the count.
 - A sweep has a column per value and the same noise in all of them, at guidance 0 too.
-- --log-prob writes what the model says of the images that it drew.
+- An .npz has the names of ADM's evaluator, and with --log-prob what the model says of its images.
+- Ctrl-C keeps what is there and says how much that is.
 - Held-out likelihood is the mean over all images, with its standard error, parts and bits/dim.
 - --denoise is compared with the noise that training ended with.
 """
@@ -15,30 +16,37 @@ from PIL import Image
 
 import sample
 from support import sampling
-from support.batches import ImageDataset, dequantize, image_generators, open_split
 from support.checkpoints import load
-from support.cli import UserError
+from support.cli import UserError, run_script
+from support.data import dequantize, image_generators, open_split
 
 
-def test_a_picture_has_a_row_for_each_class_that_was_asked_for(small_run, tmp_path):
+def test_a_picture_has_a_row_for_each_class_that_was_asked_for(small_run, tmp_path, capsys):
     out = tmp_path / "x.png"
     for argv, rows, columns in (
         ("--num 12 --labels 0,1,2,3,4", 5, 3),
         ("--labels 7,3 --num 4", 2, 2),
         ("--labels 10 --num 3", 1, 3),  # the null class
-        ("", 10, 10),
+        ("--guidance 0.5", 10, 10),
     ):
         sample.main([str(small_run), "--out", str(out), *argv.split()])
         with Image.open(out) as picture:
             assert picture.height == rows * 50
             assert (picture.width - columns * 50) in range(8, 60)
+    assert "drawing 100 images: guidance 0.5, denoise 0.05, inverse exact" in capsys.readouterr().err
+
+
+def test_a_picture_of_many_classes_shows_ten_and_of_no_classes_one():
+    assert sampling.picture_classes(1000) == list(range(0, 1000, 100))
+    assert sampling.picture_classes(20) == list(range(20)) and sampling.picture_classes(0) == [0]
+    assert sampling.class_names([1, 2, 3], ["a", "b"], 3) == ["b", "2", "null"]
 
 
 def test_classes_are_chosen_by_name_or_number():
-    names = ["cat", "dog", "7"]
-    assert sample.chosen_classes("dog,0,7", names, 3) == [1, 0, 2]
+    names = ["cat", "Dog", "7", "dog"]
+    assert sample.chosen_classes("DOG,Dog,0,7,Cat", names, 4) == [3, 1, 0, 2, 0]
     assert sample.chosen_classes("2,3", None, 3) == [2, 3]
-    for text, known, classes in (("cow", names, 3), ("4", None, 3), ("0", None, 0)):
+    for text, known, classes in (("cow", names, 4), ("4", None, 3), ("0", None, 0)):
         with pytest.raises(UserError, match="--labels"):
             sample.chosen_classes(text, known, classes)
 
@@ -68,31 +76,66 @@ def test_log_prob_is_that_of_the_images_it_drew(small_run, tmp_path):
     argv = ["--num", "5", "--labels", "1,4", "--log-prob", "--out", str(out)]
     sample.main([str(small_run), *argv])
     with np.load(out) as file:
-        assert file["labels"].tolist() == [1, 4, 1, 4, 1]
+        assert file["arr_1"].tolist() == [1, 4, 1, 4, 1]
+        assert file["numbers"].tolist() == list(range(5))
         parts = file["informative"] + file["redundant"] + file["logdet"]
         np.testing.assert_allclose(file["total"], parts, rtol=1e-5)
     model, _ = load(small_run)
     labels = torch.tensor([1, 4, 1, 4, 1])
     options = model.config.sampling
-    ((_, _, x),) = sampling.sample_images(model, labels, options, seed=0, batch_size=5)
+    ((_, images, x),) = sampling.sample_images(model, labels, options, seed=0, batch_size=5)
     with np.load(out) as file, torch.no_grad():
         np.testing.assert_allclose(file["total"], model.log_prob(x, labels).total, rtol=1e-5)
-    assert out.with_suffix(".png").exists()
+        assert file["arr_0"].dtype == np.uint8 and np.array_equal(file["arr_0"], images)
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.size == (10 * 50, 2 * 64)  # the lowest and the highest, with their values
+
+
+@pytest.mark.parametrize("calls, argv, kept", [
+    (3, ["--num", "50", "--batch-size", "4", "--out", "x.npz"], "holds 8 of 50 images"),
+    (3, ["--num", "4", "--sweep", "guidance=0,1,2", "--out", "x.png"], "holds 8 of 12 images"),
+    (1, ["--num", "50", "--out", "x.npz"], "nothing is written"),
+])
+def test_ctrl_c_keeps_what_is_there_and_says_so(
+        small_run, tmp_path, monkeypatch, capsys, calls, argv, kept):
+    monkeypatch.chdir(tmp_path)
+    model, _ = load(small_run)
+    make = type(model).sample
+    left = [calls]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return make(*args)
+
+    monkeypatch.setattr(type(model), "sample", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run_script(sample.main, [str(small_run), *argv])
+    assert ended.value.code == 130 and kept in capsys.readouterr().err
+    if argv[-1] == "x.npz" and calls > 1:
+        with np.load("x.npz") as file:
+            assert file["arr_0"].shape == (8, 16, 16, 3) and file["arr_1"].tolist() == [*range(8)]
+    elif calls > 1:
+        with Image.open("x.png") as picture:
+            assert picture.height == 4 * 50 + 14
+    else:
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform", "rgb"])
 def test_held_out_likelihood_by_hand(small_run, tiny_data, noise):
     model, _ = load(small_run)
-    split = open_split(str(tiny_data), 16, 3, holdout=2)
+    held_out = open_split(str(tiny_data), 16, 3, holdout=2).held_out
     values = []
-    for place, number in enumerate(split.held_out.indices):
-        pixels, label = split.held_out.batch([place])
+    for place, number in enumerate(held_out.numbers):
+        pixels, label = held_out.batch([place])
         generators = image_generators(1, [number], torch.device("cpu"))
         law = "gaussian" if noise == "gaussian" else "uniform"
         x = dequantize(pixels, law, 0.2, generators)
         with torch.no_grad():
             values.append(-model.log_prob(x, label).total.item() / 768)
-    result = sampling.evaluate(model, split.held_out, noise, 0.2)
+    result = sampling.evaluate(model, held_out, noise, 0.2)
     assert result["images"] == 20
     assert result["nats_per_dim"] == pytest.approx(np.mean(values), rel=1e-5)
     assert result["standard_error"] == pytest.approx(np.std(values) / math.sqrt(19), rel=1e-3)
@@ -102,8 +145,7 @@ def test_held_out_likelihood_by_hand(small_run, tiny_data, noise):
         bits = np.mean(values) / math.log(2) + 7
         assert result["bits_per_dim"] == pytest.approx(bits, rel=1e-5)
     assert ("bits_per_dim" in result) == (noise != "gaussian")
-    some = sampling.evaluate(model, split.held_out, noise, 0.2, num=7)
-    assert some["images"] == 7 and isinstance(split.held_out, ImageDataset)
+    assert sampling.evaluate(model, held_out, noise, 0.2, num=7)["images"] == 7
 
 
 def test_denoise_is_compared_with_the_noise_of_training(small_run, capsys):

@@ -1,29 +1,38 @@
-"""The training loop and what it uses.
+"""The training loop and what it uses, with a model of three parameters.
 
 - Every step of train.py equals a loop written by hand: data order, mirroring, annealed noise, label
   drops, learning rate, accumulation, clipping, AdamW and Muon, weight decay, averages.
+- The start: fit() sees the data, denoising follows the noise, data.png shows the images.
+- Pictures and held-out likelihood use the averages, at their steps, with the noise of the end.
+- Each way to run does what it says: bfloat16, compiling, recomputing.
 - Distillation starts with the teacher's last noise, and takes a fifth of its steps.
-- Muon orthogonalises in float32 where bfloat16 is emulated.
-- A signal that was ignored when the process started stays ignored.
-- The log is one line of JSON a report, without lines after the checkpoint it goes on from.
+- Arrays of floats and vectors as labels go through training, resuming, likelihood and sampling.
+- Signals, the log, Muon in float32.
 """
 import json
 import math
+import shutil
 import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import farmer
+import sample
 import train
-from support import training
-from support.checkpoints import load_run
-from support.conftest import weights
+from support import checkpoints, distributed
+from support.conftest import checkpoint, fails, same_weights, weights
 
-# Two parameters: a table with a row per class, and the matrix of a layer for Muon. The loss reads
-# pixels (noise), labels (drops) and the model's own random stream.
-TWO_PARAMETERS = '''
+# The parameters: a table with a row per class, and a layer for Muon, whose bias does not decay. The
+# loss reads pixels (noise), labels (drops) and the model's own random stream.
+SMALL_MODEL = '''
 from dataclasses import dataclass
+from typing import NamedTuple
 import torch
 from torch import nn
 
@@ -41,36 +50,52 @@ class Config:
 PRESETS = {"default": Config()}
 TRAINING = {"default": dict(data="data.npz")}
 
+class LogProb(NamedTuple):
+    total: torch.Tensor
+
 class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.table = nn.Parameter(torch.linspace(-1, 1, 4 * 4).view(4, 4))
-        self.layer = nn.Linear(4, 4, bias=False)
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(()))
         with torch.no_grad():
             self.layer.weight.copy_(torch.arange(16.0).view(4, 4).sin())
+            self.layer.bias.copy_(torch.arange(4.0))
 
     def layers(self):
         return [self.layer]
 
+    def fit(self, x):
+        self.seen.copy_(x.mean())
+
+    def rows(self, x, labels):
+        return self.layer(x.flatten(1).view(len(x), 4, 4).mean(1)) - self.table[labels]
+
     def forward(self, x, labels, generators):
         u = torch.stack([torch.rand((), generator=g) for g in generators])
-        rows = x.flatten(1).view(len(x), 4, 4).mean(1) + u.unsqueeze(1)
-        e = self.layer(rows) - self.table[labels]
-        return {"loss": e.square().sum(1)}
+        e = self.rows(x + u.view(-1, 1, 1, 1), labels)
+        half = torch.tensor(float(torch.is_autocast_enabled("cpu")))
+        return {"loss": e.square().sum(1), "half": half}
+
+    def log_prob(self, x, labels=None):
+        return LogProb(-self.rows(x, labels).square().sum(1))
 
     def sample(self, labels, options=None, generators=None):
-        return torch.zeros(len(labels), 1, 4, 4)
+        return self.table[labels].view(-1, 1, 1, 4).expand(-1, 1, 4, 4)
 '''
 STEPS = 8
 BATCH = 6
+FLAGS = ["--model", "small_model", "--steps", "4", "--batch-size", "6", "--micro-batch", "2",
+         "--log-every", "1", "--device", "cpu", "--precision", "float32", "--out", "run"]
 
 
 @pytest.fixture
-def two_parameters(tmp_path, monkeypatch):
+def small_model(tmp_path, monkeypatch):
     """Ten images of three classes and the model's file, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "two_parameters.py").write_text(TWO_PARAMETERS)
+    (tmp_path / "small_model.py").write_text(SMALL_MODEL)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, 4, 4, 1), dtype=np.uint8)
     labels = np.arange(10) % 3
@@ -78,25 +103,32 @@ def two_parameters(tmp_path, monkeypatch):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float(), torch.from_numpy(labels)
 
 
+def logged(key: str) -> list:
+    lines = [json.loads(line) for line in open("run/log.jsonl")]
+    return [line[key] for line in lines if key in line]
+
+
+# ----------------------------------------------------------------------------- steps
 def generator(seed: int, number: int) -> torch.Generator:
     """The stream of image `number`, apart for each seed."""
     state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def by_hand(images, labels, optimizer: str, seed: int):
+def by_hand(images, labels, optimizer: str, clip: float, seed: int):
     """Yields the parameters, their averages, lr and the gradient's norm after each step."""
     table = torch.linspace(-1, 1, 16).view(4, 4).requires_grad_()
     matrix = torch.arange(16.0).view(4, 4).sin().requires_grad_()
-    params = [table, matrix]
+    bias = torch.arange(4.0).requires_grad_()
+    params = [table, matrix, bias]
     averages = [p.detach().clone() for p in params]
+    opts = [
+        torch.optim.AdamW([table], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW([matrix], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW([bias], lr=1.0, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     if optimizer == "muon":
-        opts = [
-            torch.optim.AdamW([table], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1),
-            training.Muon([matrix], lr=1.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        ]
-    else:
-        opts = [torch.optim.AdamW(params, lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)]
+        opts[1] = train.Muon([matrix], lr=1.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(STEPS):
         warm = min(1, (step + 1) / 3)
         lr = 0.05 * warm * (0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2)
@@ -115,12 +147,12 @@ def by_hand(images, labels, optimizer: str, seed: int):
                 label = 3  # null
             u = torch.rand((), generator=generator(seed + 1, number))
             row = x.view(4, 4).mean(0) + u
-            total = total + (matrix @ row - table[label]).square().sum() / BATCH
+            total = total + (matrix @ row + bias - table[label]).square().sum() / BATCH
         grads = torch.autograd.grad(total, params)
         norm = torch.cat([g.flatten() for g in grads]).norm()
-        assert norm > 0.5  # clipping is on in every step
+        assert norm > 0.5
         for p, g in zip(params, grads, strict=True):
-            p.grad = g * min(1, 0.5 / (norm + 1e-6))
+            p.grad = g * min(1, clip / (norm + 1e-6)) if clip else g
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
             opt.step()
@@ -130,53 +162,40 @@ def by_hand(images, labels, optimizer: str, seed: int):
         yield [p.detach().clone() for p in params], [a.clone() for a in averages], lr, norm
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_step_equals_a_loop_written_by_hand(two_parameters, tmp_path, optimizer):
-    flags = (f"--model two_parameters --steps {STEPS} --batch-size {BATCH} --micro-batch 2 "
-             f"--optimizer {optimizer} --lr 0.05 --lr-end 0.1 --warmup 3 --weight-decay 0.1 "
-             "--clip 0.5 --noise-start 0.5 --noise-end 0.02 --label-drop 0.4 --ema 0.5 --seed 3 "
-             "--save-every 1 --keep 99 --log-every 1 --sample-every 0 --workers 0 --device cpu "
-             "--precision float32 --out run")
-    train.main(flags.split())
-    log = [json.loads(line) for line in open("run/log.jsonl")]
-    steps = by_hand(*two_parameters, optimizer, seed=3)
+@pytest.mark.parametrize("optimizer, clip", [("adamw", 0.5), ("adamw", 0), ("muon", 0.5)])
+def test_every_step_equals_a_loop_written_by_hand(small_model, monkeypatch, optimizer, clip):
+    real = train.save
+    kept = {}
+
+    def keep(path, model, **extra):
+        real(path, model, **extra)
+        kept[extra["step"]] = checkpoint(path)
+
+    monkeypatch.setattr(train, "save", keep)
+    train.main([*FLAGS, *(f"--steps {STEPS} --optimizer {optimizer} --clip {clip} --lr 0.05 "
+                          "--lr-end 0.1 --warmup 3 --weight-decay 0.1 --noise-start 0.5 "
+                          "--noise-end 0.02 --label-drop 0.4 --ema 0.5 --seed 3 --save-every 1 "
+                          "--sample-every 0").split()])
+    names = ("table", "layer.weight", "layer.bias")
+    steps = by_hand(*small_model, optimizer, clip, seed=3)
     for step, (params, averages, lr, norm) in enumerate(steps, 1):
-        content = torch.load(f"run/ckpt-{step}.pt", weights_only=True)
-        raw = content["extra"]["raw_weights"]
-        for value, mine in zip((raw["table"], raw["layer.weight"]), params, strict=True):
-            torch.testing.assert_close(value, mine, rtol=1e-4, atol=2e-5)
-        kept = content["weights"]
-        for value, mine in zip((kept["table"], kept["layer.weight"]), averages, strict=True):
-            torch.testing.assert_close(value, mine, rtol=1e-4, atol=2e-5)
-        assert log[step - 1]["step"] == step
-        assert log[step - 1]["lr"] == pytest.approx(lr)
-        assert log[step - 1]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
-
-
-def test_distillation_starts_with_the_teachers_last_noise(small_run, tmp_path):
-    out = tmp_path / "student"
-    train.main(["--distill", str(small_run), "--out", str(out), "--log-every", "1",
-                "--sample-every", "0", "--workers", "0", "--device", "cpu"])
-    _, teacher = load_run(small_run)
-    model, state = load_run(out)
-    assert state.distill and model.student is not None
-    assert state.training["steps"] == teacher.training["steps"] // 5 == 2
-    last = teacher.training["noise_end"]
-    assert teacher.training["noise_start"] > last
-    sigmas = [json.loads(line)["sigma"] for line in open(out / "log.jsonl")]
-    assert sigmas == [last, last]
-    before = weights(small_run)
-    assert all(torch.equal(w, before[name]) for name, w in weights(out).items() if name in before)
-    assert any(name.startswith("student.") for name in weights(out))
+        raw = kept[step]["extra"]["raw_weights"]
+        for name, mine, average in zip(names, params, averages, strict=True):
+            torch.testing.assert_close(raw[name], mine, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(kept[step]["weights"][name], average, rtol=1e-4, atol=2e-5)
+        assert logged("lr")[step - 1] == pytest.approx(lr)
+        assert logged("grad_norm")[step - 1] == pytest.approx(float(norm), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_muon_is_in_float32_where_bfloat16_is_emulated(fast, monkeypatch):
-    monkeypatch.setattr(training, "bf16_is_fast", lambda device: fast)
+@pytest.mark.parametrize("cast", [
+    torch.Tensor.bfloat16, lambda x: x.to(dtype=torch.bfloat16, copy=True)])
+def test_muon_is_in_float32_where_bfloat16_is_emulated(fast, cast, monkeypatch):
+    monkeypatch.setattr(train, "bf16_is_fast", lambda device: fast)
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8, bias=False)
     layer.layers = lambda: [layer]
-    _, muon = training.optimizers(layer, "muon", lr=0.1, weight_decay=0.0)
+    _, muon = train.optimizers(layer, "muon", lr=0.1, weight_decay=0.0)
     before = layer.weight.detach().clone()
     layer(torch.randn(4, 8)).square().sum().backward()
     seen = []
@@ -188,33 +207,238 @@ def test_muon_is_in_float32_where_bfloat16_is_emulated(fast, monkeypatch):
     assert set(seen) == {torch.bfloat16 if fast else torch.float32}
     singular = torch.linalg.svdvals(update / (0.1 * 0.2 * math.sqrt(8)))
     assert singular[:4].sub(1).abs().max() < 0.4  # orthogonal where the gradient has a direction
+    with train.Float32():  # torch 2.13 casts in the first way, 2.15 in the second
+        copy = cast(before)
+    assert copy.dtype == torch.float32 and copy.data_ptr() != before.data_ptr()
 
 
-def test_a_signal_ignored_at_the_start_stays_ignored():
+# ----------------------------------------------------------------------------- start
+def test_fit_sees_the_data_with_the_noise_of_the_start(small_model):
+    images, _ = small_model
+    train.main([*FLAGS, "--steps", "1", "--noise", "uniform"])
+    noise = [torch.rand(1, 4, 4, generator=generator(0, i)) for i in range(10)]
+    expected = ((images + torch.stack(noise)) / 128 - 1).mean()
+    assert weights(Path("run"))["seen"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_data_png_shows_the_images_of_each_class(small_model):
+    images, _ = small_model
+    train.main([*FLAGS, "--steps", "1"])
+    with Image.open("run/data.png") as picture:
+        assert picture.size == (8 + 7 + 4 * 50, 3 * 50)  # the class, and up to four images
+        first_of_class_1 = np.array(picture.convert("L"))[50:98, 15:63][::12, ::12]
+    assert np.array_equal(first_of_class_1, images[1, 0].numpy())
+
+
+@pytest.mark.parametrize("flags, sigma", [
+    ({}, 0.03), (dict(noise_end=0.07), 0.07), (dict(noise="uniform"), 0.0)])
+def test_denoising_follows_the_noise_that_training_ends_with(flags, sigma):
+    module = SimpleNamespace(
+        Config=farmer.Config, TRAINING={"a": dict(noise_end=0.03)},
+        PRESETS={"a": farmer.Config(sampling=farmer.Sampling(denoise=0.5))})
+    config, settings, run = train.new_run(
+        SimpleNamespace(preset=None, **flags), module, "float32")
+    assert config.sampling.denoise == sigma and run.preset == "a"
+    assert settings.noise == flags.get("noise", "gaussian")
+
+
+def test_a_new_run_is_put_where_its_preset_says(small_model):
+    train.main([*FLAGS[:-2], "--steps", "1"])
+    assert Path("runs/small_model-default/ckpt.pt").exists()
+    train.main([*FLAGS, "--steps", "1"])
+    assert same_weights(*(weights(Path(p)) for p in ("runs/small_model-default", "run")))
+
+
+# ----------------------------------------------------------------------------- while it runs
+def test_pictures_and_likelihood_use_the_averages_at_their_steps(small_model, monkeypatch):
+    calls = []
+    steps = []
+
+    def spy(name):
+        real = getattr(train, name)
+
+        def called(model, *args, **kwargs):
+            calls.append((name, steps[-1], {k: w.clone() for k, w in model.state_dict().items()}))
+            if name == "evaluate":
+                assert args[1:] == ("gaussian", 0.03)
+            return real(model, *args, **kwargs)
+
+        monkeypatch.setattr(train, name, called)
+
+    spy("evaluate")
+    spy("sample_grid")
+    monkeypatch.setattr(train, "lr_at", lambda settings, step: steps.append(step + 1) or 0.01)
+    train.main([*FLAGS, *("--steps 7 --ema 0.9 --holdout 1 --val-every 3 --sample-every 2 "
+                          "--noise-end 0.03 --log-every 100").split()])
+    assert [(name, step) for name, step, _ in calls] == [
+        ("sample_grid", 2), ("evaluate", 3), ("sample_grid", 4), ("evaluate", 6),
+        ("sample_grid", 6), ("evaluate", 7), ("sample_grid", 7)]
+    content = checkpoint(Path("run"))
+    assert same_weights(calls[-1][2], content["weights"])
+    assert not same_weights(content["weights"], content["extra"]["raw_weights"])
+    assert logged("step") == [1, 2, 3, 5, 6, 7, 7]
+
+
+def test_ways_to_run_reach_the_layers_and_the_pass(small_model, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(train, "prepare_layers", lambda *args: prepared.append(args[1:]))
+    train.main([*FLAGS, "--precision", "bfloat16", "--compile", "--checkpointing"])
+    assert prepared == [(True, True)] and set(logged("half")) == {1.0}
+    train.main([*FLAGS[:-1], "other"])
+    assert prepared[1:] == [(False, False)]
+    assert json.loads(open("other/log.jsonl").readline())["half"] == 0.0
+
+
+def test_tf32_is_for_training_in_bfloat16_on_a_gpu_alone():
+    switch = torch.backends.cuda.matmul
+    for device, inside in (("cpu", False), ("cuda", True)):
+        with distributed.training_precision(torch.device(device), "bfloat16"):
+            assert switch.allow_tf32 == inside
+        assert not switch.allow_tf32
+
+
+def test_options_that_need_layers_say_so_where_there_are_none(small_model, capsys):
+    text = SMALL_MODEL.replace("def layers", "def no_layers")
+    Path("bare.py").write_text(text)
+    argv = [*FLAGS, "--model", "bare"]
+    fails(capsys, train, [*argv, "--optimizer", "muon"], "--optimizer", "layers()")
+    fails(capsys, train, [*argv, "--checkpointing"], "--checkpointing", "layers()")
+    assert not Path("run").exists()
+
+
+# ----------------------------------------------------------------------------- other beginnings
+def test_a_longer_schedule_says_what_moves(small_model, capsys):
+    train.main([*FLAGS, "--noise-end", "0.05"])
+    train.main(["--resume", "--out", "run", "--steps", "8", "--log-every", "1"])
+    warned = capsys.readouterr().err
+    assert "steps was 4 and is 8 from step 4 on" in warned
+    assert "lr goes from 5e-07 to 2.5" in warned and "noise from 0.05 to 0.075" in warned
+    assert logged("step") == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_distillation_starts_with_the_teachers_last_noise(small_run, tmp_path, capsys):
+    out = tmp_path / "student"
+    train.main(["--distill", str(small_run), "--out", str(out), "--log-every", "1",
+                "--sample-every", "0", "--device", "cpu"])
+    teacher = checkpoint(small_run)["extra"]
+    content = checkpoint(out)
+    assert content["extra"]["distill"]
+    assert content["extra"]["training"]["steps"] == teacher["training"]["steps"] // 5 == 2
+    last = teacher["training"]["noise_end"]
+    assert teacher["training"]["noise_start"] > last
+    sigmas = [json.loads(line)["sigma"] for line in open(out / "log.jsonl")]
+    assert sigmas == [last, last]
+    before = weights(small_run)
+    assert all(torch.equal(content["weights"][name], w) for name, w in before.items())
+    assert any(name.startswith("student.") for name in content["weights"])
+    fails(capsys, train, ["--distill", out], "has a student already")
+    fails(capsys, train, ["--distill", small_run, "--flow-width", "64", "--out", tmp_path / "x"],
+          "flow_width", "teacher's config")
+
+
+def test_a_model_without_a_student_is_not_distilled(small_model, capsys):
+    train.main([*FLAGS, "--steps", "1"])
+    fails(capsys, train, ["--distill", "run"], "small_model has no student")
+
+
+# ----------------------------------------------------------------------------- floats
+FLOATS = SMALL_MODEL.replace("channels: int = 1", "channels: int = 4") + '''
+from support.data import Images
+import numpy as np
+
+def open_images(source):
+    rng = np.random.default_rng(1)
+    latents = 50 * rng.standard_normal((20, 4, 4, 4)).astype(np.float32)
+    vectors = rng.standard_normal((20, 2)).astype(np.float32)
+    return Images(source, latents, vectors) if source == "latents" else None
+
+class Model(Model):
+    def drop_labels(self, labels, mask):
+        return labels.masked_fill(mask[:, None], 0)
+
+    def rows(self, x, labels):
+        return self.layer(x.mean((1, 2))) - labels @ self.table[:2]
+
+    def sample(self, labels, options=None, generators=None):
+        return 100 * (labels @ self.table[:2]).view(-1, 1, 1, 4).expand(-1, 4, 4, 4)
+'''
+
+
+def test_floats_and_vectors_train_resume_are_scored_and_sampled_as_they_are(
+        small_model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "floats.py").write_text(FLOATS)
+
+    def keep(path, model, **extra):
+        checkpoints.save(path, model, **extra)
+        if path.parent.name == "run":
+            Path(f"from{extra['step']}").mkdir()
+            shutil.copy(path, f"from{extra['step']}")
+
+    monkeypatch.setattr(train, "save", keep)
+    argv = [*FLAGS, "--model", "floats", "--data", "latents", "--num-classes", "0", "--holdout",
+            "5", "--label-drop", "0.4", "--save-every", "2", "--noise-end", "2"]
+    train.main(argv)
+    for step in (0, 2):
+        train.main(["--resume", "--out", f"from{step}", "--micro-batch", "2"])
+        assert same_weights(weights(tmp_path / "run"), weights(tmp_path / f"from{step}"))
+    assert not (tmp_path / "run/samples.png").exists() and logged("val_images") == [5]
+    capsys.readouterr()
+    train.main(["--eval", "run"])
+    assert json.loads(capsys.readouterr().out)["nats_per_dim"] == pytest.approx(
+        logged("val_nats_per_dim")[0])
+    sample.main(["run", "--num", "20", "--out", "x.npz"])
+    with np.load("x.npz") as file:
+        assert file["arr_0"].dtype == np.float32 and np.abs(file["arr_0"]).max() > 5
+        vectors = file["arr_1"]
+    assert vectors.shape == (20, 2) and len(np.unique(vectors, axis=0)) == 15
+    fails(capsys, sample, ["run"], "4 channels", "X.npz")
+    fails(capsys, sample, ["run", "--labels", "1", "--out", "x.npz"], "--labels", "no classes")
+    (tmp_path / "floats.py").write_text(FLOATS.replace("def drop_labels", "def other"))
+    sys.modules.pop("floats")
+    fails(capsys, train, [*argv, "--out", "new"], "label_drop", "drop_labels(labels, mask)")
+
+
+# ----------------------------------------------------------------------------- signals and log
+def test_a_signal_ignored_at_the_start_stays_ignored_and_a_second_one_interrupts():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with training.StopSignals() as stop:
+        with train.stop_signals() as received:
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.asked(torch.device("cpu"))
+            assert received == []
             signal.raise_signal(signal.SIGTERM)
-            assert stop.asked(torch.device("cpu"))
+            assert received == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_log_drops_what_came_after_its_checkpoint(tmp_path, capsys):
+def test_the_log_drops_what_came_after_its_checkpoint_and_has_means(tmp_path, capsys):
     file = tmp_path / "log.jsonl"
     kept = '{"step": 1, "a": 2, "minutes": 7.0}\n'
     file.write_text(kept + '{"step": 5, "a": 3, "minutes": 8.0}\n{"step": 6, "a"')
-    log = training.Log(tmp_path, start=4, steps=10, rank=0)
+    log = train.Log(tmp_path, step=4, steps=10)
+    assert file.read_text() == kept
     log.add({"a": torch.tensor([1.0, 3.0])})
     log.add({"a": torch.tensor([4.0, 4.0])})
-    log.report(6, batch_size=8, last={"lr": 0.5})
-    first, second = [json.loads(line) for line in file.read_text().splitlines()]
-    assert first == {"step": 1, "a": 2, "minutes": 7.0}
-    assert second["step"] == 6 and second["a"] == 3 and second["lr"] == 0.5
-    assert second["images_per_s"] > 0
-    assert second["minutes"] == pytest.approx(7 + 2 * 8 / second["images_per_s"] / 60)
-    assert capsys.readouterr().out.startswith("step 6/10  a 3  lr 0.5  images_per_s ")
+    log.write(6, log.means() | {"lr": 0.5}, "0:10 left")
+    assert json.loads(file.read_text().splitlines()[1]) == {"step": 6, "a": 3.0, "lr": 0.5}
+    assert capsys.readouterr().out == "step 6/10  a 3  lr 0.5  0:10 left\n"
 
 
+def test_time_spent_on_saving_and_drawing_is_not_training(small_model, monkeypatch):
+    now = [0.0]
+
+    def takes(seconds, real):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return real(*args, **kwargs)
+        return slow
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train, "lr_at", takes(3, train.lr_at))  # once a step
+    monkeypatch.setattr(train, "save", takes(1000, train.save))
+    monkeypatch.setattr(train, "sample_grid", takes(1000, train.sample_grid))
+    train.main([*FLAGS, "--save-every", "1", "--sample-every", "1"])
+    assert logged("images_per_s") == [2.0] * 4
+    assert logged("minutes") == pytest.approx([0.05, 0.1, 0.15, 0.2])
