@@ -308,9 +308,17 @@ def test_the_held_out_images_are_the_unseen_ones(reader, tmp_path, capsys):
     np.savez(tmp_path / "flat.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     fails(capsys, classifier, ["fit", tmp_path / "flat.npz", tmp_path / "n.pt"], "no labels")
     fails(capsys, classifier, ["read", tmp_path / "flat.npz", reader / "some"], "flat.npz", "fit")
-    output = ["fit", str(reader / "all"), str(tmp_path / "n.pt"), "--holdout", "4", "--steps", "3"]
-    classifier.main([*output, "--image-size", "4"])
-    assert "of 12 held-out images" in capsys.readouterr().out
+
+
+def test_a_network_is_fitted_with_noise_unless_that_is_0(reader, tmp_path, capsys):
+    weights = []
+    for noise in ("0", "0.1", "0.1"):
+        file = str(tmp_path / "n.pt")
+        classifier.main(["fit", str(reader / "all"), file, "--holdout", "4", "--steps", "3",
+                         "--image-size", "4", "--noise", noise])
+        weights.append(torch.jit.load(file).head.weight)
+    assert not torch.equal(*weights[:2]) and torch.equal(*weights[1:])
+    assert capsys.readouterr().out.count("of 12 held-out images") == 3
 
 
 # ----------------------------------------------------------------------------- likelihood.py
