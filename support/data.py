@@ -252,9 +252,9 @@ def in_threads(work: Callable, todo: Iterable, threads: int, ahead: int) -> Iter
             yield results.popleft().result()
 
 
-def processes() -> tuple[int, int]:
-    """(number of this process, how many there are on this machine), as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def processes() -> int:
+    """How many processes share this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndarray]:
@@ -280,11 +280,10 @@ def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndar
                 broken[i] = f"{name} ({str(error).partition(' <')[0] or type(error).__name__})"
         return chunk
 
-    rank, world = processes()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    threads = max(1, cores // world)  # Pillow decodes and resizes without Python's lock
+    threads = max(1, cores // processes())  # Pillow decodes and resizes without Python's lock
     n = len(images)
-    progress = Progress(f"decoding {images.path}", n, quiet=rank > 0)
+    progress = Progress(f"decoding {images.path}", n)
     todo = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
     for chunk, places in zip(in_threads(work, todo, threads, 2 * threads), todo, strict=True):
         progress(places.stop)
@@ -316,7 +315,7 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
         with reading(f"{images.path}/{name}", "replace or remove it"):
             shape = crop(to_rgb(open_image())[0]).shape
     size = len(images) * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()[1]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()
     if size > memory // 4:
         raise UserError(
             f"{images.path}: its {len(images):,} images take {size / 2**30:.1f} GiB, more than a "
@@ -433,7 +432,7 @@ def absolute(source: str) -> str:
 
 def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]:
     """[images] or [images, test split] of a source; files are not yet decoded."""
-    if processes()[0] == 0:  # before anything that may take long
+    if os.environ.get("RANK", "0") == "0":  # before anything that may take long
         print(f"data: reading {printable(source)}", file=sys.stderr, flush=True)
     found = own(source) if own else None
     if found is not None:
@@ -959,7 +958,7 @@ def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
     if size is None:
         raise UserError("the digits are drawn at a model's size, which is not known here; pass "
                         "other images instead")
-    progress = Progress(f"drawing digits of {size}x{size}", num, quiet=processes()[0] > 0)
+    progress = Progress(f"drawing digits of {size}x{size}", num)
     array = np.empty((num, size, size, channels), np.uint8)
     for i in range(num):
         image = draw_digit(i % 10, size, np.random.default_rng([seed, i]))
