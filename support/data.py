@@ -318,7 +318,9 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
         with reading(f"{images.path}/{name}", "replace or remove it"):
             shape = crop(to_rgb(open_image())[0]).shape
     size = len(images) * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()
+    memory = math.inf
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()
     if size > memory // 4:
         raise UserError(
             f"{images.path}: its {len(images):,} images take {size / 2**30:.1f} GiB, more than a "
@@ -518,6 +520,11 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
 
 
 # ----------------------------------------------------------------------------- files
+def beginning(folder: str) -> str:
+    """What the names of the files in a folder begin with: folder/, or nothing."""
+    return f"{folder}/" if folder else ""
+
+
 LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
           "under train/ and under test/ or val/; move everything else away")
 
@@ -541,7 +548,7 @@ class Files:
 
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
-        start = os.path.join(folder, "")  # nothing for ""
+        start = beginning(folder)
         names, tables = ([n.removeprefix(start) for n in every if n.startswith(start)]
                          for every in (self.names, self.tables))
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
@@ -550,7 +557,7 @@ class Files:
     def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
         folders = collections.Counter(
-            os.path.join(os.path.dirname(name), "") for name in sorted(self.names + self.tables))
+            beginning(os.path.dirname(name)) for name in sorted(self.names + self.tables))
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
         return UserError(f"{self.shown} holds images or tables in {found}; {reason}")
 
@@ -635,7 +642,7 @@ def sift(files: Files) -> tuple[Files, str]:
     @functools.cache
     def ignored(folder: str) -> str:
         """The hidden folder or the run because of which nothing in a folder is read; or ""."""
-        places = ["", *itertools.accumulate(folder.split("/"), os.path.join)]
+        places = ["", *itertools.accumulate(folder.split("/"), "{}/{}".format)]
         found = [p for p in places if p in runs or is_hidden(os.path.basename(p))]
         return f"in {found[0] or '.'}" if found else ""
 
@@ -689,7 +696,7 @@ def stepped_into(files: Files) -> tuple[Files, str]:
     data = files.names or tables
     root = os.path.commonprefix([*data[:1], *data[-1:]]).rpartition("/")[0]  # they are sorted
     if files.names:
-        tables = [n for n in tables if f"{root}/".startswith(os.path.join(os.path.dirname(n), ""))]
+        tables = [n for n in tables if f"{root}/".startswith(beginning(os.path.dirname(n)))]
         root = os.path.dirname(min(tables, key=len)) if tables else root
     return replace(files, tables=tables).inside(root), os.path.basename(root)
 
@@ -1068,7 +1075,8 @@ def batches(
 
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
         uid = step * batch_size + rank * share + np.arange(share)
-        places, mirrored = zip(*([part[g % m] for part in epoch(g // m)] for g in uid), strict=True)
+        found = [[part[g % m] for part in epoch(g // m)] for g in uid.tolist()]
+        places, mirrored = zip(*found, strict=True)
         pixels, labels = images.batch(places)
         if flip:
             mirrored = torch.tensor(mirrored)
