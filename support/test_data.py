@@ -1023,6 +1023,8 @@ def test_prepare_keeps_splits_and_numbers():
     assert open_split("deep/plain", 8, 3).train.labels.tolist() == [1, 0, 1]
     prepare("both/val", "flat", "--image-size", 8)
     assert os.listdir("flat") == ["images.npy"]
+    shutil.make_archive("z", "zip", "flat")
+    assert "unpack" in refused(open_images, "z.zip")
 
 
 def test_prepare_names_all_broken_images_and_leaves_nothing():
