@@ -63,13 +63,18 @@ def sample_images(
         finite = x.isfinite().flatten(1).all(1)
         lost += int((~finite).sum())
         x = x[finite]
-        images = (x if model.floats else quantize(x)).permute(0, 2, 3, 1).cpu().numpy()
+        images = (x if has_floats(model) else quantize(x)).permute(0, 2, 3, 1).cpu().numpy()
         yield numbers[finite.cpu().numpy()], images, x
         if progress is not None:
             progress(i + len(y))
     if lost:
         warn(f"{lost} of {len(labels)} samples were not finite and are left out; has the model "
              "diverged?", everywhere=True)
+
+
+def has_floats(model: nn.Module) -> bool:
+    """Whether a model was trained on floats, such as latents, which are not rounded to pixels."""
+    return getattr(model, "floats", False)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -232,7 +237,7 @@ def evaluate(model: nn.Module, images: Images, noise: str, sigma: float,
     """
     if not hasattr(model, "log_prob"):
         raise UserError(f"{model.model_name} has no likelihood; score its samples with fid.py")
-    if noise == "none" and not model.floats:
+    if noise == "none" and not has_floats(model):
         raise UserError("--noise: got none, expected gaussian or uniform, since 8-bit values "
                         "without noise have no density")
     if noise == "rgb":
