@@ -186,6 +186,46 @@ class GMM(NamedTuple):
 
 
 # ----------------------------------------------------------------------------- Transformer
+def lean(module: nn.Module) -> nn.Module | Callable | list:
+    """A twin of a module that computes the same with less overhead, for one token at a time.
+
+    Its parts are plain attributes, and its Linear and LayerNorm parts plain functions with the
+    weights in the memory order, and under autocast also in the dtype, of fast products with few
+    rows. Use it while the weights stay as they are.
+    """
+    if isinstance(module, nn.ModuleList):
+        return [lean(part) for part in module]
+    changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    if type(module) is nn.LayerNorm and not changed:
+        return functools.partial(
+            torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
+            bias=module.bias, eps=module.eps)
+    if type(module) is nn.Linear and not changed:
+        return lean_linear(module)
+    twin = copy.copy(module)
+    parts = {name: lean(part) for name, part in module.named_children()}
+    vars(twin).update(module._parameters | module._buffers | parts)
+    if isinstance(module, nn.Sequential):
+        twin._modules = parts
+    return twin
+
+
+def lean_linear(module: nn.Linear) -> Callable:
+    """The part of `lean` for a Linear."""
+    kind = module.weight.device.type
+    weight = module.weight.mT.contiguous().mT
+    linear = functools.partial(F.linear, weight=weight, bias=module.bias)
+    if torch.is_autocast_enabled(kind):  # which would cast the weights anew for each token
+        low = weight.to(torch.get_autocast_dtype(kind))
+
+        def linear(h: Tensor) -> Tensor:
+            within = torch.is_autocast_enabled(kind)  # but not where `full_precision` holds
+            return F.linear(h, low if within else weight, module.bias)
+
+    linear.weight = weight
+    return linear
+
+
 class KVCache:
     """Keys and values of one layer for up to T tokens; the first `length` of them are filled."""
 
@@ -362,16 +402,15 @@ class FlowBlock(nn.Module):
 
     def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """z (B, N, d) -> x (B, N, d) (Eq. 9), one token after another with a KV cache."""
-        z = self.order(z)
-        N = z.shape[1]
-        context = self.context(labels)
-        cache = self.transformer.new_cache(N)
-        x = z.clone()  # the first token is unchanged; the others are overwritten one by one
-        for i in range(N - 1):
-            h = self.hidden(x[:, i:i + 1], context[:, i:i + 1], cache)
-            mu, a = self.mu_a(h)
-            x[:, i + 1:i + 2] = affine_inverse(z[:, i + 1:i + 2], mu, a)
-        return self.unorder(x)
+        first, *others = self.order(z).split(1, 1)
+        context = self.context(labels).split(1, 1)
+        cache = self.transformer.new_cache(len(context))
+        block = lean(self)
+        x = [first]  # unchanged
+        for z_i, context_i in zip(others, context, strict=False):
+            mu, a = block.mu_a(block.hidden(x[-1], context_i, cache))
+            x.append(affine_inverse(z_i, mu, a))
+        return self.unorder(torch.cat(x, 1))
 
     def one_step(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The student's inverse (Algorithm 2): z (B, N, d) -> x (B, N, d), all tokens at once.
@@ -603,21 +642,24 @@ class Prior(nn.Module):
         With guidance, the passes for the class and for the null class run as one doubled batch,
         and h is (2B, W) instead of (B, W).
         """
-        B = len(labels)
         guided = options.guidance > 0
         if guided:
             labels = torch.cat([labels, self.null_labels(labels)])
         pos = self.pos()
         with torch.inference_mode():
-            Z_I = pos.new_zeros(B, self.N, self.d_I)
+            prior = lean(self)
             cache = self.transformer.new_cache(self.M + self.N)
-            h = self.transformer(self.class_tokens(labels), cache)[:, -1]  # (B or 2B, W)
+            h = prior.transformer(self.class_tokens(labels), cache)[:, -1]  # (B or 2B, W)
+            Z_I = []
             for i in range(self.N):
-                Z_I[:, i] = self.draw(self.informative(h), options, noise.token(i))[:, 0]
-                token = self.embed(Z_I[:, i:i + 1]) + pos[i]  # (B, 1, W)
+                Z_I.append(self.draw(prior.informative(h), options, noise.token(i)))  # (B, 1, d_I)
+                if i + 1 == self.N and not self.d_R:
+                    break  # nothing follows that would read the last token
+                token = prior.embed(Z_I[-1]) + pos[i]  # (B, 1, W)
                 if guided:
                     token = torch.cat([token, token])
-                h = self.transformer(token, cache)[:, -1]
+                h = prior.transformer(token, cache)[:, -1]
+            Z_I = torch.cat(Z_I, 1)
         return Z_I.clone(), h.clone()
 
     def sample_redundant(self, h: Tensor, B: int, options: Sampling,
@@ -846,10 +888,13 @@ class Farmer(nn.Module):
         density, as in TarFlow; sigma has to be the std of the Gaussian noise that training ended
         with. It is not in the paper.
         """
-        with torch.enable_grad():
-            x = images.detach().requires_grad_()
-            (score,) = torch.autograd.grad(self.log_prob(x, labels).total.sum(), x)
-        return images + sigma**2 * score
+        parts = []
+        for part, y in zip(images.split(16), labels.split(16), strict=True):  # limits the memory
+            with torch.enable_grad():
+                x = part.detach().requires_grad_()
+                (score,) = torch.autograd.grad(self.log_prob(x, y).total.sum(), x)
+            parts.append(part + sigma**2 * score)
+        return torch.cat(parts)
 
     def fit(self, images: Tensor) -> None:
         """Fits the flow's fixed map of the channels to dequantised images (B, C, H, W)."""
@@ -918,6 +963,18 @@ class Farmer(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The layers of all Transformers, which training compiles, recomputes or gives to Muon."""
         return find_layers(self)
+
+    def replayable(self) -> list[tuple[nn.Module, str]]:
+        """The token loops, as (part, name of its method), which a GPU may record and replay.
+
+        These are those of this file. A fork whose own loops never wait for the GPU may add them.
+        """
+        loops = [(block, "inverse") for block in self.flow.blocks
+                 if type(block).inverse is FlowBlock.inverse]
+        kind = type(self.prior)
+        if kind.draw is Prior.draw and kind.sample_informative is Prior.sample_informative:
+            loops.append((self.prior, "sample_informative"))
+        return loops
 
 
 Model = Farmer  # what the scripts look for in a model's file

@@ -177,12 +177,13 @@ class Block(nn.Module):
             temperature = torch.cat([temperature, options.temperature * temperature])
         context = self.context(labels)
         caches = [TemperedCache(N, temperature.view(-1, 1, 1, 1)) for _ in self.layers]
+        block = farmer.lean(self)
         x = z.clone()  # the first token is unchanged; the others are overwritten one by one
         for i in range(N - 1):
             token = x[:, i:i + 1]
             if guided:
                 token = torch.cat([token, token])
-            alpha_mu = self.alpha_mu(token, context[:, i:i + 1], caches)
+            alpha_mu = block.alpha_mu(token, context[:, i:i + 1], caches)
             if guided:
                 w = options.guidance
                 if options.anneal:

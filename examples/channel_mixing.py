@@ -82,14 +82,15 @@ class MixingBlock(farmer.FlowBlock):
     def inverse(self, z, labels=None):
         z = self.order(z)
         N = z.shape[1]
-        context = self.context(labels)
+        context = self.context(labels).split(1, 1)
         cache = self.transformer.new_cache(N)
-        x = torch.zeros_like(z)
-        h = context.new_zeros(len(z), 1, context.shape[-1])
-        for i in range(N):
-            x[:, i:i + 1] = self.undo(z[:, i:i + 1], h)
-            h = self.hidden(x[:, i:i + 1], context[:, i:i + 1], cache)
-        return self.unorder(x)
+        block = farmer.lean(self)
+        x = []
+        h = context[0].new_zeros(len(z), 1, context[0].shape[-1])
+        for z_i, context_i in zip(z.split(1, 1), context, strict=True):
+            x.append(block.undo(z_i, h))
+            h = block.hidden(x[-1], context_i, cache)
+        return self.unorder(torch.cat(x, 1))
 
     def one_step(self, z, labels=None):
         z = self.order(z)

@@ -19,19 +19,23 @@ import torch
 from PIL import Image
 
 import farmer
+import fid
 import sample
 import train
 from examples import (
     channel_mixing,
     class_conditional_flow,
     jacobi_inverse,
+    latents,
     logistic_mixture,
     minimal_model,
     rope,
     tour,
+    vector_condition,
 )
 from examples import check as checks
-from results import benchmark, classifier
+from results import benchmark
+from support.checkpoints import load
 
 FORKS = (logistic_mixture, class_conditional_flow, channel_mixing, jacobi_inverse, rope)
 LABELS = torch.tensor([0, 1, 2, 3, 1])
@@ -79,7 +83,7 @@ def train_small(model, data, out):
 
 @pytest.mark.parametrize("model", (minimal_model, *FORKS), ids=lambda model: model.__name__)
 def test_every_fork_trains_resumes_is_scored_samples_and_distils(
-        model, data, tmp_path, capsys, monkeypatch):
+        model, data, tmp_path, capsys):
     out = str(tmp_path / "run")
     train_small(model, data, out)
     train.main(["--resume", "--out", out, "--steps", "5"])
@@ -90,16 +94,51 @@ def test_every_fork_trains_resumes_is_scored_samples_and_distils(
     assert math.isfinite(json.loads(capsys.readouterr().out)["nats_per_dim"])
 
     if model in FORKS:
-        monkeypatch.setattr(classifier, "load_classifier", lambda *_: None)
-        monkeypatch.setattr(classifier, "read_right", lambda *_: 0.5)
-        classifier.main(["swap", "reader.pt", out])
-        assert capsys.readouterr().out.count("MSE 0.000") == 2  # the two that exchange nothing
         train.main(["--distill", out, "--steps", "2"])
         out += "-student"
     sample.main([out, "--num", "4", "--out", str(tmp_path / "samples.npz")])
-    assert np.load(tmp_path / "samples.npz")["images"].shape == (4, 8, 8, 3)
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 8, 8, 3)
     benchmark.main(["sample", *small(model), "--batch-sizes", "1", "--rounds", "1"])
     assert ("student" in capsys.readouterr().out) == (model in FORKS)
+
+
+class Averages(torch.nn.Module):
+    """A network of two features for any number of channels."""
+
+    def forward(self, x):
+        return torch.stack([x.mean((1, 2, 3)), x.square().mean((1, 2, 3))], 1)
+
+
+@pytest.mark.parametrize("model, kind, condition", [
+    (latents, np.float32, (6,)), (vector_condition, np.uint8, (6, 3))])
+def test_float_arrays_and_vectors_go_through_every_script(
+        model, kind, condition, tmp_path, capsys):
+    """Floats keep their units; samples come with the vectors that they were drawn for."""
+    run, out = str(tmp_path / "run"), str(tmp_path / "samples.npz")
+    small = "--flow-blocks 2 --flow-width 64 --ar-width 64 --steps 3 --device cpu".split()
+    train.main(["--model", model.__name__, "--out", run, *small])
+    train.main(["--resume", "--out", run, "--steps", "5"])
+    capsys.readouterr()
+    train.main(["--eval", run])
+    assert json.loads(capsys.readouterr().out)["images"] == 200
+    train.main(["--distill", run, "--steps", "2"])
+    for path in (run, run + "-student"):
+        sample.main([path, "--num", "6", "--guidance", "1", "--out", out])
+        with np.load(out) as arrays:
+            made, labels = arrays["arr_0"], arrays["arr_1"]
+        c = load(path)[0].config
+        assert made.shape == (6, c.image_size, c.image_size, c.channels) and made.dtype == kind
+        assert labels.shape == condition
+    if kind == np.float32:
+        assert made.min() < -0.1 < 0.1 < made.max() and (made % 1).any()
+        np.savez(out, latents=made.transpose(0, 3, 1, 2), labels=labels)
+        train.main(["--model", model.__name__, "--data", out, "--out", run + "2", *small,
+                    "--batch-size", "6"])  # an .npz of the user's own
+    features = str(tmp_path / "features.pt")
+    torch.jit.script(Averages()).save(features)
+    capsys.readouterr()
+    fid.main([run, next(iter(model.PRESETS)), "--num", "4", "--features", features, "--json"])
+    assert json.loads(capsys.readouterr().out)["fd"] > 0
 
 
 # ----------------------------------------------------------------------------- the flows
@@ -215,7 +254,8 @@ def test_the_model_of_the_command_line_is_right(pytestconfig):
 
 
 @pytest.mark.parametrize("name", [
-    "farmer", "baselines.jetformer", *(model.__name__ for model in (minimal_model, *FORKS))])
+    "farmer", "baselines.jetformer", "examples.latents", "examples.vector_condition",
+    *(model.__name__ for model in (minimal_model, *FORKS))])
 def test_what_is_included_passes_its_own_check(name, capsys):
     checks.main([name])
     lines = capsys.readouterr().out.splitlines()

@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 
 from farmer import Farmer
-from support.batches import dequantize, image_generators, open_split, quantize
-from support.checkpoints import load_run
+from support.checkpoints import load, own_data
 from support.cli import Parser, UserError, check_writable, run_script, write_file
+from support.data import dequantize, image_generators, open_split, quantize
 from support.sampling import class_names, grid
 
 
-def two_images(model, state, data):
+def two_images(model, extra, data):
     """A and B (2, C, H, W), with the noise that training ended with, and their labels (2,)."""
     c = model.config
     generators = image_generators(0, range(2), torch.device("cpu"))
@@ -34,11 +34,12 @@ def two_images(model, state, data):
         labels = torch.arange(2) % max(c.num_classes, 1)
         return model.sample(labels, replace(c.sampling, denoise=0.0), generators), labels
     split = open_split(
-        data, c.image_size, c.channels, classes=state.classes, num_classes=c.num_classes)
-    dataset = split.held_out or split.train
-    pixels, labels = dataset.batch([0, len(dataset) - 1])
-    x = dequantize(pixels, state.training["noise"], state.training["noise_end"], generators)
-    return x, labels
+        data, c.image_size, c.channels, classes=extra["classes"], num_classes=c.num_classes,
+        own=own_data(model))
+    images = split.held_out or split.train
+    pixels, labels = images.batch([0, len(images) - 1])
+    training = extra["training"]
+    return dequantize(pixels, training["noise"], training["noise_end"], generators), labels
 
 
 def show(title, equation, values, sentence):
@@ -145,12 +146,12 @@ def main(argv=None):
                         help="the picture to write (default: tour.png)")
     args = parser.parse_args(argv)
     out = check_writable("--out", args.out)
-    model, state = load_run(args.checkpoint)
+    model, extra = load(args.checkpoint)
     if not isinstance(model, Farmer):
         raise UserError(f"{args.checkpoint}: got {model.model_name}, expected FARMER or a fork")
     with torch.no_grad():
-        x, labels = two_images(model, state, args.data)
-        names = class_names(labels.tolist(), state.classes, model.config.num_classes)
+        x, labels = two_images(model, extra, args.data)
+        names = class_names(labels.tolist(), extra["classes"], model.config.num_classes)
         picture = draw(walk(model, x, labels, names or ["none", "none"]))
     write_file(out, lambda file: picture.save(file, "PNG"))
     print(f"done: see {out}")

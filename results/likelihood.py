@@ -41,14 +41,14 @@ def noised_images(split: Split, training: dict, args) -> tuple[Tensor, Tensor]:
     """--num images (n, C, H, W), spread over a set, as floats, and their labels (n,).
 
     They are of the hold-out, else of the test split, else of all the data. Their noise is what the
-    model's training ended with, and depends on --seed and the place of an image alone.
+    model's training ended with, and depends on the place of an image alone.
     """
     print(f"data: {split.summary}", file=sys.stderr)
     found = split.held_out or split.train
     n = min(args.num, len(found))
     images, labels = found.batch(np.linspace(0, len(found) - 1, n).astype(np.int64))
     noise = "uniform" if training["noise"] == "rgb" else training["noise"]  # as rgb ends
-    generators = image_generators(args.seed, range(n), args.device)
+    generators = image_generators(0, range(n), args.device)
     x = dequantize(images.to(args.device), noise, training["noise_end"], generators)
     return x, labels.to(args.device)
 
@@ -163,8 +163,6 @@ def main(argv: list[str] | None = None) -> None:
                         "model was trained on, and others")
     parser.add_argument("--num", type=at_least(int, 2), default=1000, metavar="N",
                         help="use N images, spread evenly over a set (default: 1000)")
-    parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
-                        help="random seed of their noise (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto = a GPU where there is one (default: auto)")
     args = parser.parse_intermixed_args(argv)

@@ -184,6 +184,9 @@ def printable(text: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
+Splits = dict[str, Images]  # train, test and val, or a single one without a name
+
+
 # ----------------------------------------------------------------------------- one image
 @dataclass
 class Crop:
@@ -252,9 +255,9 @@ def in_threads(work: Callable, todo: Iterable, threads: int, ahead: int) -> Iter
             yield results.popleft().result()
 
 
-def processes() -> tuple[int, int]:
-    """(number of this process, how many there are on this machine), as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def processes() -> int:
+    """How many processes share this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndarray]:
@@ -280,11 +283,10 @@ def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndar
                 broken[i] = f"{name} ({str(error).partition(' <')[0] or type(error).__name__})"
         return chunk
 
-    rank, world = processes()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    threads = max(1, cores // world)  # Pillow decodes and resizes without Python's lock
+    threads = max(1, cores // processes())  # Pillow decodes and resizes without Python's lock
     n = len(images)
-    progress = Progress(f"decoding {images.path}", n, quiet=rank > 0)
+    progress = Progress(f"decoding {images.path}", n)
     todo = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
     for chunk, places in zip(in_threads(work, todo, threads, 2 * threads), todo, strict=True):
         progress(places.stop)
@@ -316,7 +318,9 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
         with reading(f"{images.path}/{name}", "replace or remove it"):
             shape = crop(to_rgb(open_image())[0]).shape
     size = len(images) * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()[1]
+    memory = math.inf
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()
     if size > memory // 4:
         raise UserError(
             f"{images.path}: its {len(images):,} images take {size / 2**30:.1f} GiB, more than a "
@@ -433,7 +437,7 @@ def absolute(source: str) -> str:
 
 def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]:
     """[images] or [images, test split] of a source; files are not yet decoded."""
-    if processes()[0] == 0:  # before anything that may take long
+    if os.environ.get("RANK", "0") == "0":  # before anything that may take long
         print(f"data: reading {printable(source)}", file=sys.stderr, flush=True)
     found = own(source) if own else None
     if found is not None:
@@ -453,8 +457,8 @@ def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]
     return [found]
 
 
-def splits(name: str, crop: Crop) -> dict[str, Images]:
-    """The splits of a source: train, test and val, or a single one without a name."""
+def splits(name: str, crop: Crop) -> Splits:
+    """The splits of a source."""
     expected = f"expected {', '.join(['digits', *KNOWN])}, or a folder, .zip or .npz of images"
     path = os.path.abspath(expanded(name))
     there = name != "" and os.path.exists(path)
@@ -472,12 +476,12 @@ def splits(name: str, crop: Crop) -> dict[str, Images]:
         return read_path(path)
 
 
-def read_path(path: str) -> dict[str, Images]:
+def read_path(path: str) -> Splits:
     """The splits of a folder or file. One that holds nothing but an archive is that archive."""
     if os.path.isdir(path):
         files = list_folder(path)
         name = files.names[0] if len(files) == 1 else ""
-        if ending(name) in (".zip", ".npz", ".tar", ".gz", ".tgz") and not is_table(name):
+        if ending(name) in (".zip", ".npz", ".tar", ".gz", ".tgz") and not TABLES.fullmatch(name):
             return read_path(os.path.join(path, name))
         return read_files(files)
     if ending(path) == ".zip":
@@ -516,6 +520,11 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
 
 
 # ----------------------------------------------------------------------------- files
+def beginning(folder: str) -> str:
+    """What the names of the files in a folder begin with: folder/, or nothing."""
+    return f"{folder}/" if folder else ""
+
+
 LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
           "under train/ and under test/ or val/; move everything else away")
 
@@ -532,9 +541,14 @@ class Files:
     def __len__(self):
         return len(self.names)
 
+    @property
+    def shown(self) -> str:
+        """The path for messages."""
+        return printable(self.path)
+
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
-        start = os.path.join(folder, "")  # nothing for ""
+        start = beginning(folder)
         names, tables = ([n.removeprefix(start) for n in every if n.startswith(start)]
                          for every in (self.names, self.tables))
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
@@ -543,15 +557,16 @@ class Files:
     def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
         folders = collections.Counter(
-            os.path.join(os.path.dirname(name), "") for name in sorted(self.names + self.tables))
+            beginning(os.path.dirname(name)) for name in sorted(self.names + self.tables))
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
-        return UserError(f"{printable(self.path)} holds images or tables in {found}; {reason}")
+        return UserError(f"{self.shown} holds images or tables in {found}; {reason}")
 
 
 # Formats that Pillow knows by name, but that hold no pixels, or need another program to draw them.
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 CIFAR = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
+TABLES = re.compile(rf"{IDX.pattern}|{CIFAR.pattern}|images\.npy|dataset\.json")
 
 
 def ending(name: str) -> str:
@@ -567,12 +582,6 @@ def endings() -> set[str]:
 
 def is_image(name: str) -> bool:
     return ending(name) in endings()
-
-
-def is_table(base: str) -> bool:
-    """Whether a file holds many images, or their labels."""
-    return bool(IDX.fullmatch(base) or CIFAR.fullmatch(base)
-                or base in ("images.npy", "dataset.json"))
 
 
 def is_hidden(base: str) -> bool:
@@ -633,7 +642,7 @@ def sift(files: Files) -> tuple[Files, str]:
     @functools.cache
     def ignored(folder: str) -> str:
         """The hidden folder or the run because of which nothing in a folder is read; or ""."""
-        places = ["", *itertools.accumulate(folder.split("/"), os.path.join)]
+        places = ["", *itertools.accumulate(folder.split("/"), "{}/{}".format)]
         found = [p for p in places if p in runs or is_hidden(os.path.basename(p))]
         return f"in {found[0] or '.'}" if found else ""
 
@@ -645,7 +654,7 @@ def sift(files: Files) -> tuple[Files, str]:
             others[ignored(folder)] += 1
         elif is_image(base) and not is_hidden(base):
             images.append(name)
-        elif is_table(base):
+        elif TABLES.fullmatch(base):
             tables.append(name)
         elif base not in ("", "labels.npy", "classes.json"):
             others["hidden " * is_hidden(base) + (ending(base) or base)] += 1
@@ -654,13 +663,13 @@ def sift(files: Files) -> tuple[Files, str]:
 
 
 # ----------------------------------------------------------------------------- layouts
-def read_files(everything: Files) -> dict[str, Images]:
-    """The splits in a folder or an archive: train, test and val, or a single one without a name."""
+def read_files(everything: Files) -> Splits:
+    """The splits in a folder or an archive."""
     data, ignored = sift(everything)
     files, _ = stepped_into(data)
     names = files.names + files.tables
     if not names:
-        raise UserError(f"{printable(everything.path)} holds no images of a format that Pillow "
+        raise UserError(f"{everything.shown} holds no images of a format that Pillow "
                         f"reads; {ignored}; {hint(everything.path, everything.names)}")
     tops = {name.partition("/")[0] for name in names}  # folders, and files that are here
     found = {name.lower(): name for name in tops if name.lower() in ("train", "test", "val")}
@@ -687,15 +696,15 @@ def stepped_into(files: Files) -> tuple[Files, str]:
     data = files.names or tables
     root = os.path.commonprefix([*data[:1], *data[-1:]]).rpartition("/")[0]  # they are sorted
     if files.names:
-        tables = [n for n in tables if f"{root}/".startswith(os.path.join(os.path.dirname(n), ""))]
+        tables = [n for n in tables if f"{root}/".startswith(beginning(os.path.dirname(n)))]
         root = os.path.dirname(min(tables, key=len)) if tables else root
     return replace(files, tables=tables).inside(root), os.path.basename(root)
 
 
-def read_part(files: Files) -> dict[str, Images]:
+def read_part(files: Files) -> Splits:
     """One split, or those that idx files and CIFAR-10's batches hold."""
     files, outer = stepped_into(files)
-    path = printable(files.path)
+    path = files.shown
     folders = [os.path.dirname(name) for name in files.names]
     number = {folder: printable(folder) for folder in set(folders)}
     if files.tables == ["dataset.json"]:
@@ -718,7 +727,7 @@ def read_part(files: Files) -> dict[str, Images]:
     return {"": Images(path, files, [number[folder] for folder in folders], classes)}
 
 
-def read_npy(path: str) -> dict[str, Images]:
+def read_npy(path: str) -> Splits:
     """A folder that `prepare` wrote; its images stay on disk."""
     with reading(printable(path), "expected images.npy and labels.npy in a folder on disk"):
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in Path(path).glob("*.npy")}
@@ -735,7 +744,7 @@ def are_shards(names: list[str]) -> bool:
 
 def json_labels(files: Files) -> list[int] | None:
     """The labels in dataset.json, {"labels": [[name, label], ...]}; None if it says null."""
-    path = f"{printable(files.path)}/dataset.json"
+    path = f"{files.shown}/dataset.json"
     with reading(path, 'expected {"labels": [[name, label], ...]} with all images; correct it'):
         pairs = json.loads(files.read("dataset.json"))["labels"]
         table = dict(pairs or [])
@@ -792,7 +801,7 @@ def hint(path: str, found: Iterable[str], otherwise: str = LAYOUT) -> str:
 
 
 # ----------------------------------------------------------------------------- idx and CIFAR-10
-def read_idx(files: Files) -> dict[str, Images]:
+def read_idx(files: Files) -> Splits:
     """The splits in idx files, MNIST's format."""
     parts = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
@@ -805,7 +814,7 @@ def read_idx(files: Files) -> dict[str, Images]:
 def idx_array(files: Files, stem: str) -> np.ndarray:
     """The array in the file whose name begins with `stem`, unpacked if there is also a .gz."""
     name = next((name for name in files.tables if name.startswith(stem)), None)
-    path = printable(files.path)
+    path = files.shown
     if not name:
         raise UserError(f"{path} has no {stem}-idx file beside the others; add it")
     with reading(f"{path}/{name}", "expected an idx file of 8-bit numbers; replace it"):
@@ -818,34 +827,32 @@ def idx_array(files: Files, stem: str) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
-def read_cifar(files: Files) -> dict[str, Images]:
-    """The splits in CIFAR-10's batches: labels, and the three planes of each image."""
-    path = printable(files.path)
+def read_cifar(files: Files) -> Splits:
+    """The splits in CIFAR-10's batches, binary or Python's: labels, and three planes an image."""
     parts = {}
     for split, stem, count in (("train", "data_batch", 5), ("test", "test_batch", 1)):
         names = [name for name in files.tables if name.startswith(stem)]
         names = [name for name in names if name.endswith(".bin")] or names
         if len(names) not in (0, count):
-            raise UserError(f"{path} holds {len(names)} of CIFAR-10's {count} training batches; "
-                            "put the others beside them")
+            raise UserError(f"{files.shown} holds {len(names)} of CIFAR-10's {count} training "
+                            "batches; put the others beside them")
+        planes = []
+        labels = []
+        for name in names:
+            with reading(f"{files.shown}/{name}", "expected a batch of CIFAR-10; replace it"):
+                content = files.read(name)
+                if name.endswith(".bin"):
+                    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+                    batch = {"data": records[:, 1:], "labels": records[:, 0]}
+                else:  # written by Python 2, whose text is bytes
+                    batch = Unpickler(io.BytesIO(content), encoding="latin1").load()
+                    batch = {k.decode() if isinstance(k, bytes) else k: batch[k] for k in batch}
+                planes.append(batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+                labels.extend(batch["labels"])
         if names:
-            with reading(path, "expected CIFAR-10's batches, binary or Python's; replace them"):
-                found = [cifar_batch(name, files.read(name)) for name in names]
-                planes, labels = map(np.concatenate, zip(*found, strict=True))
-                array = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            array = np.ascontiguousarray(array)
-            parts[split] = Images(path, array, labels, KNOWN["cifar10"].classes)
+            array = np.concatenate(planes)
+            parts[split] = Images(files.shown, array, labels, KNOWN["cifar10"].classes)
     return parts
-
-
-def cifar_batch(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """(planes (n, 3072) uint8, labels (n,)) in a batch of either kind."""
-    if name.endswith(".bin"):
-        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-        return records[:, 1:], records[:, 0]
-    table = Unpickler(io.BytesIO(content), encoding="bytes").load()
-    table = {str(k, "ascii") if isinstance(k, bytes) else k: v for k, v in table.items()}
-    return table["data"], np.array(table["labels"])
 
 
 class Unpickler(pickle.Unpickler):
@@ -959,7 +966,7 @@ def digits(num: int, size: int | None, channels: int, seed: int) -> Images:
     if size is None:
         raise UserError("the digits are drawn at a model's size, which is not known here; pass "
                         "other images instead")
-    progress = Progress(f"drawing digits of {size}x{size}", num, quiet=processes()[0] > 0)
+    progress = Progress(f"drawing digits of {size}x{size}", num)
     array = np.empty((num, size, size, channels), np.uint8)
     for i in range(num):
         image = draw_digit(i % 10, size, np.random.default_rng([seed, i]))
@@ -1068,7 +1075,8 @@ def batches(
 
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
         uid = step * batch_size + rank * share + np.arange(share)
-        places, mirrored = zip(*([part[g % m] for part in epoch(g // m)] for g in uid), strict=True)
+        found = [[part[g % m] for part in epoch(g // m)] for g in uid.tolist()]
+        places, mirrored = zip(*found, strict=True)
         pixels, labels = images.batch(places)
         if flip:
             mirrored = torch.tensor(mirrored)

@@ -261,7 +261,9 @@ def test_saved_statistics_stand_for_their_images_and_come_first(tmp_path, capsys
     a, b, flags = sides
     x = tmp_path / "x.npz"
     direct = report_of(capsys, a, b, *flags)
-    run(capsys, b, "--save-stats", x, *flags)
+    words = run(capsys, b, "--save-stats", x, *flags).err
+    assert "warning" not in words and "9 images are fewer than 12 features" in run(
+        capsys, a, b, *flags).err
     assert report_of(capsys, a, x, *flags) == direct | {"precision": None, "recall": None}
     assert abs(report_of(capsys, x, x)["fd"]) < 1e-9  # no network needed
     with np.load(x) as file:
@@ -355,23 +357,31 @@ def test_samples_are_those_of_sample_py_less_those_not_finite(run_folder, capsys
     assert got["sampling"] == {"temperature": 0.5}  # the checkpoint's
 
 
-def test_floats_such_as_latents_are_given_to_a_network_as_they_are(tmp_path, capsys, monkeypatch):
+def test_floats_of_vectors_are_given_to_a_network_as_they_are(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latents.py").write_text(
         "import numpy as np\n"
-        "from examples.minimal_model import PRESETS, TRAINING, Config, Model, Sampling\n"
+        "from examples import minimal_model\n"
+        "from examples.minimal_model import PRESETS, TRAINING, Config, Sampling\n"
         "from support.data import Images\n\n"
+        "class Model(minimal_model.Model):\n"
+        "    def sample(self, labels, options=None, generators=None):\n"
+        "        x = super().sample(labels[:, 0].long(), options, generators)\n"
+        "        return x + labels[:, :, None, None]\n\n"
         "def open_images(source):\n"
         "    return Images(source, np.load(source)) if source.endswith('.npy') else None\n")
     real = np.random.RandomState(0).standard_normal((80, 4, 2, 2)).astype("float32")
     np.save("real.npy", 9 * real.transpose(0, 2, 3, 1))
     model = checkpoints.build("latents", minimal_model.Config(image_size=2, channels=4))
     model.floats = True
-    checkpoints.save("latents.pt", model)
+    conditions = torch.eye(4)[:3]  # labels are vectors
+    checkpoints.save("latents.pt", model, conditions=conditions)
     draw = ["latents.pt", "--num", 70, "--device", "cpu"]
     report = report_of(capsys, *draw, "real.npy", *features(tmp_path, torch.nn.Flatten()))
     sample.main([str(a) for a in (*draw, "--out", "x.npz")])
-    x = np.load("x.npz")["arr_0"].transpose(0, 3, 1, 2).reshape(70, 16)
+    with np.load("x.npz") as made:
+        assert (made["arr_1"][:4] == conditions[[0, 1, 2, 0]].numpy()).all()
+        x = made["arr_0"].transpose(0, 3, 1, 2).reshape(70, 16)
     y = 9 * real.reshape(80, 16)
     expected = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
     assert report["fd"] == pytest.approx(expected, rel=1e-4) and expected > 500
