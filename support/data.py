@@ -729,8 +729,9 @@ def read_part(files: Files) -> Splits:
 
 def read_npy(path: str) -> Splits:
     """A folder that `prepare` wrote; its images stay on disk."""
-    with reading(printable(path), "expected images.npy and labels.npy in a folder on disk"):
-        arrays = {file.stem: np.load(file, mmap_mode="r") for file in Path(path).glob("*.npy")}
+    with reading(printable(path), "expected images.npy in a folder on disk; unpack it"):
+        files = [file for file in Path(path).iterdir() if file.suffix == ".npy"]
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in files}
         names = Path(path, "classes.json")
         classes = json.loads(names.read_bytes()) if names.exists() else None
     return {"": read_arrays(path, arrays, classes)}

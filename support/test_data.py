@@ -841,6 +841,8 @@ def test_the_hold_out_is_the_last_of_each_class():
     assert held.array is array  # no pixels are copied
     assert [len(part) for part in hold_out(images, 0)] == [9, 0]
     assert hold_out(Images("x", array), 2)[1].numbers.tolist() == [7, 8]
+    some = Images("x", array, numbers=np.array([1, 5, 7]))
+    assert [part.numbers.tolist() for part in hold_out(some, 1)] == [[1, 5], [7]]
     assert "2 of class 3" in refused(hold_out, images, 2)
 
 
@@ -1023,6 +1025,8 @@ def test_prepare_keeps_splits_and_numbers():
     assert open_split("deep/plain", 8, 3).train.labels.tolist() == [1, 0, 1]
     prepare("both/val", "flat", "--image-size", 8)
     assert os.listdir("flat") == ["images.npy"]
+    shutil.make_archive("z", "zip", "flat")
+    assert "unpack" in refused(open_images, "z.zip")
 
 
 def test_prepare_names_all_broken_images_and_leaves_nothing():
