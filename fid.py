@@ -23,7 +23,8 @@ reference the samples cover. The features are those of pytorch-fid: its weight
 file, images as uint8 / 255, bilinear resize to 299x299 without antialiasing
 (half-pixel centres), [0, 1] -> [-1, 1]. With --features they are those of a
 TorchScript file, and the distance is called FD, never FID. Such a file is a
-program that runs with your rights: take none from strangers.
+program that runs with your rights: take none from strangers. It may read images
+that are floats, such as latents, too: it is given these as they are.
 
 What changes the numbers:
 - Size. REFERENCE's images are cropped and resized to the size of the samples, as

@@ -86,6 +86,7 @@ def test_a_table_is_trained_once_scored_and_printed(workshop, capsys):
     assert real["steps"] == "–" and float(real["FD"]) < float(row["FD"].split(" ± ")[0])
     assert float(printed["likelihood", "–"]["nats/dim"].split(" ± ")[0]) > -9
     assert len(list(tables.OWN.glob("*/ckpt.pt"))) == 2  # one for each seed, not for each row
+    assert len((tables.OWN / "t.jsonl").read_text().splitlines()) == 7  # real images count once
     workshop.clear()
     tables.main(["t", "--seeds", "0,1", "--rows", "one", "real images"])
     assert workshop == [] and "Nothing was trained" in capsys.readouterr().err
