@@ -964,6 +964,18 @@ class Farmer(nn.Module):
         """The layers of all Transformers, which training compiles, recomputes or gives to Muon."""
         return find_layers(self)
 
+    def replayable(self) -> list[tuple[nn.Module, str]]:
+        """The token loops, as (part, name of its method), which a GPU may record and replay.
+
+        These are those of this file. A fork whose own loops never wait for the GPU may add them.
+        """
+        loops = [(block, "inverse") for block in self.flow.blocks
+                 if type(block).inverse is FlowBlock.inverse]
+        kind = type(self.prior)
+        if kind.draw is Prior.draw and kind.sample_informative is Prior.sample_informative:
+            loops.append((self.prior, "sample_informative"))
+        return loops
+
 
 Model = Farmer  # what the scripts look for in a model's file
 

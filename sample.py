@@ -10,6 +10,7 @@ An .npz has the names that ADM's evaluator and others expect: arr_0 holds images
 or what else the model was trained on, and arr_1 their labels; `numbers` are those of the images.
 Ctrl-C writes what is there.
 """
+import argparse
 import dataclasses
 import math
 import sys
@@ -83,6 +84,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
                         help="seed; the noise of image i depends on it and on i alone (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True,
+                        help="let a GPU record the loops over tokens and replay them from the "
+                        "third batch on (default: on; a CPU never does)")
     parser.add_settings("sampling (defaults of the checkpoint)", defaults)
     args = parser.parse_args(argv)
     if saved is None or saved.file != checkpoint_path(args.checkpoint):
@@ -148,7 +152,7 @@ def draw(model, labels: Tensor, options, args) -> tuple[dict[str, np.ndarray], b
     mine = share(len(labels))
     made = sample_images(
         model, labels[mine.start:mine.stop], options, args.seed, args.batch_size, mine.start,
-        Progress("sampled", len(mine)))
+        Progress("sampled", len(mine)), args.graphs)
     rounds = math.ceil(math.ceil(len(labels) / world) / args.batch_size)
     found = []
     stopped = False

@@ -46,6 +46,7 @@ from support.cli import (
     duration,
     expanded,
     given,
+    is_first,
     reading,
     run_script,
     warn,
@@ -69,6 +70,7 @@ from support.sampling import (
     can_be_shown,
     data_sheet,
     evaluate,
+    has_floats,
     layers_of,
     prepare_layers,
     sample_grid,
@@ -278,8 +280,9 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-            print(f"{signal.Signals(number).name}: stopping after this step; send it again to quit "
-                  "now", file=sys.stderr)
+            if is_first():
+                print(f"{signal.Signals(number).name}: stopping after this step; send it again to "
+                      "quit now", file=sys.stderr)
 
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -586,7 +589,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
 
     if run.step == 0:
         save_run()  # a run that diverges early leaves something to look at
-        if rank == 0 and not model.floats:
+        if rank == 0 and not has_floats(model):
             sheet = data_sheet(split.train, run.classes, model.config.num_classes)
             write_picture(out / "data.png", sheet)
     else:

@@ -76,7 +76,6 @@ def build(name: str, config) -> nn.Module:
     """A new model, initialised from torch's global generator."""
     model = model_file(name).Model(config)
     model.model_name = name
-    model.floats = False
     return model
 
 

@@ -42,7 +42,7 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         if lost:
-            message = "another process has ended; its own message says why"
+            message = "another process has ended; see what it printed"
         elif not isinstance(error, UserError):
             message += " (FARMER_DEBUG=1 shows where)"
         print(f"{script()}: error: {message}", file=sys.stderr)

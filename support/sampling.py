@@ -1,7 +1,7 @@
 """What scripts do with any model: draw images, put them in a grid, measure held-out likelihood."""
+import contextlib
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from support.cli import Progress, UserError, warn, write_file
 from support.data import Images, dequantize, image_generators, quantize
 from support.distributed import gather, share, sum_over_processes
-
-COMPILE_FROM = 1000  # images per GPU: drawing fewer takes less time than compiling
 
 
 # ----------------------------------------------------------------------------- layers
@@ -38,38 +36,115 @@ def prepare_layers(model: nn.Module, compiling: bool, checkpointing: bool = Fals
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+# ----------------------------------------------------------------------------- CUDA graphs
+class Replayed:
+    """A function of tensors that a GPU records as one CUDA graph and then replays.
+
+    The first call runs as it is and warms up what it uses, the second is recorded, and later ones
+    with arguments of the same shapes are replayed. All others run as they are. A recording holds
+    addresses: the function must not wait for the GPU, nor read what changes elsewhere but weights.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.kind = None  # of the arguments of the first call
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *args):
+        tensors, kind = flattened(args)
+        if self.kind is None:
+            self.kind = kind
+            return self.function(*args)
+        if kind != self.kind:
+            return self.function(*args)
+        if self.graph is None:
+            self.record(args)
+        for mine, new in zip(self.inputs, tensors, strict=True):
+            mine.copy_(new)
+        self.graph.replay()
+        return mapped(self.outputs, Tensor.clone)
+
+    def record(self, args: tuple) -> None:
+        mine = mapped(args, Tensor.clone)
+        self.inputs, _ = flattened(mine)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.outputs = self.function(*mine)
+        self.graph = graph
+
+
+def mapped(value, change: Callable):
+    """`value` with every tensor in it changed; it may be a tuple, named or not, of such values."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not isinstance(value, tuple):
+        return value
+    parts = [mapped(part, change) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def flattened(value) -> tuple[list[Tensor], object]:
+    """The tensors in a value, and what else determines how it is computed with."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> tuple:
+        tensors.append(tensor)
+        return tuple(tensor.shape), tensor.dtype
+
+    return tensors, mapped(value, note)
+
+
+@contextlib.contextmanager
+def replaying(model: nn.Module, on: bool) -> Iterator[None]:
+    """Context in which a GPU replays the loops that a model lists in replayable(), if `on`.
+
+    It is for many small kernels in a row, where the time is that of starting them.
+    """
+    loops = model.replayable() if on and hasattr(model, "replayable") else []
+    for part, name in loops:
+        vars(part)[name] = Replayed(getattr(part, name))
+    try:
+        yield
+    finally:
+        for part, name in loops:
+            del vars(part)[name]
+
+
 # ----------------------------------------------------------------------------- drawing images
 def sample_images(
     model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, start: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | None = None, graphs: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
     """Draws an image for each label; options is an instance of the model's Sampling.
 
     Yields batches: numbers (b,) int64, images (b, H, W, C), and the same as floats (b, C, H, W).
     Images are uint8, or float32 where the model was trained on floats. Image i depends on (seed,
     start + i) and its label alone, not on batch_size. Images that are not finite are left out; a
-    warning at the end counts them.
+    warning at the end counts them. graphs: a GPU replays what it can, see `Replayed`.
     """
     device = device_of(model)
     lost = 0
-    if len(labels) >= COMPILE_FROM and device.type == "cuda":
-        print("compiling the layers (about a minute)", file=sys.stderr, flush=True)
-        prepare_layers(model, compiling=True)
-    for i in range(0, len(labels), batch_size):
-        y = labels[i:i + batch_size].to(device)
-        numbers = np.arange(start + i, start + i + len(y))
-        with torch.no_grad():
-            x = model.sample(y, options, image_generators(seed, numbers, device))
-        finite = x.isfinite().flatten(1).all(1)
-        lost += int((~finite).sum())
-        x = x[finite]
-        images = (x if model.floats else quantize(x)).permute(0, 2, 3, 1).cpu().numpy()
-        yield numbers[finite.cpu().numpy()], images, x
-        if progress is not None:
-            progress(i + len(y))
+    with replaying(model, graphs and device.type == "cuda"):
+        for i in range(0, len(labels), batch_size):
+            y = labels[i:i + batch_size].to(device)
+            numbers = np.arange(start + i, start + i + len(y))
+            with torch.no_grad():
+                x = model.sample(y, options, image_generators(seed, numbers, device))
+            finite = x.isfinite().flatten(1).all(1)
+            lost += int((~finite).sum())
+            x = x[finite]
+            images = (x if has_floats(model) else quantize(x)).permute(0, 2, 3, 1).cpu().numpy()
+            yield numbers[finite.cpu().numpy()], images, x
+            if progress is not None:
+                progress(i + len(y))
     if lost:
         warn(f"{lost} of {len(labels)} samples were not finite and are left out; has the model "
              "diverged?", everywhere=True)
+
+
+def has_floats(model: nn.Module) -> bool:
+    """Whether a model was trained on floats, such as latents, which are not rounded to pixels."""
+    return getattr(model, "floats", False)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -232,7 +307,7 @@ def evaluate(model: nn.Module, images: Images, noise: str, sigma: float,
     """
     if not hasattr(model, "log_prob"):
         raise UserError(f"{model.model_name} has no likelihood; score its samples with fid.py")
-    if noise == "none" and not model.floats:
+    if noise == "none" and not has_floats(model):
         raise UserError("--noise: got none, expected gaussian or uniform, since 8-bit values "
                         "without noise have no density")
     if noise == "rgb":

@@ -102,19 +102,19 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
 
 
-@pytest.mark.parametrize("size", [0, 50_000])
-def test_promise_2_a_full_disk_loses_nothing_that_was_saved(small_run, tmp_path, size):
+def test_promise_2_a_full_disk_loses_nothing_that_was_saved(small_run, tmp_path):
     model, extra = load(small_run)
     file = tmp_path / "ckpt.pt"
     checkpoints.save(file, model, **extra)
     before = file.read_bytes()
     assert len(before) > 100_000
-    limit_files(size)
-    try:
-        with pytest.raises(cli.UserError, match="ckpt.pt: cannot be written"):
-            checkpoints.save(file, model, **extra)
-    finally:
-        limit_files(-1)
+    for size in range(0, 100_000, 4096):  # torch reports it in one way or in another
+        limit_files(size)
+        try:
+            with pytest.raises(cli.UserError, match="ckpt.pt: cannot be written"):
+                checkpoints.save(file, model, **extra)
+        finally:
+            limit_files(-1)
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == ["ckpt.pt"]
     umask = os.umask(0o027)

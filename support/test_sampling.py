@@ -6,7 +6,9 @@
 - Ctrl-C keeps what is there and says how much that is.
 - Held-out likelihood is the mean over all images, with its standard error, parts and bits/dim.
 - --denoise is compared with the noise that training ended with.
+- A GPU's recorded loops (here a stand-in's) give the same images, and are none of a fork's own.
 """
+import dataclasses
 import math
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+import farmer
 import sample
+from examples import jacobi_inverse
 from support import sampling
 from support.checkpoints import load
 from support.cli import UserError, run_script
@@ -33,7 +37,8 @@ def test_a_picture_has_a_row_for_each_class_that_was_asked_for(small_run, tmp_pa
         with Image.open(out) as picture:
             assert picture.height == rows * 50
             assert (picture.width - columns * 50) in range(8, 60)
-    assert "drawing 100 images: guidance 0.5, denoise 0.05, inverse exact" in capsys.readouterr().err
+    said = "drawing 100 images: guidance 0.5, denoise 0.05, inverse exact"
+    assert said in capsys.readouterr().err
 
 
 def test_a_picture_of_many_classes_shows_ten_and_of_no_classes_one():
@@ -156,3 +161,54 @@ def test_denoise_is_compared_with_the_noise_of_training(small_run, capsys):
     extra["training"]["noise"] = "uniform"
     with pytest.raises(UserError, match="uniform noise"):
         sampling.check_options(options, extra)
+
+
+# ----------------------------------------------------------------------------- CUDA graphs
+class FakeGraph:
+    """In place of torch.cuda.CUDAGraph: replaying computes again, in the same memory."""
+
+    def replay(self):
+        outputs, _ = sampling.flattened(self.replayed.function(*self.mine))
+        for old, new in zip(sampling.flattened(self.replayed.outputs)[0], outputs, strict=True):
+            old.copy_(new)
+
+
+def record(self, args):
+    self.graph = FakeGraph()
+    self.graph.replayed = self
+    self.graph.mine = sampling.mapped(args, torch.Tensor.clone)
+    self.inputs, _ = sampling.flattened(self.graph.mine)
+    self.outputs = self.function(*self.graph.mine)
+
+
+def test_a_replayed_model_draws_the_same_images_and_is_itself_again(small_run, monkeypatch):
+    """Batches of one size are replayed from the second one on; the last, smaller one is not."""
+    monkeypatch.setattr(sampling.Replayed, "record", record)
+    replays = []
+    replay = FakeGraph.replay
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: (replays.append(1), replay(self)))
+    model, _ = load(small_run)
+    options = dataclasses.replace(model.config.sampling, guidance=1.0, inverse="exact")
+    labels = torch.arange(10) % 3
+
+    def images():
+        made = sampling.sample_images(model, labels, options, seed=0, batch_size=3)
+        return torch.cat([x for _, _, x in made])
+
+    expected = images()
+    assert len(model.replayable()) == 1 + model.config.flow_blocks
+    with sampling.replaying(model, on=True):
+        again = images()
+    assert torch.allclose(again, expected, atol=1e-6)
+    assert len(replays) == 2 * len(model.replayable())  # batches 2 and 3 of 3, 3, 3 and 1
+    assert not any("inverse" in vars(block) for block in model.flow.blocks)
+    assert "sample_informative" not in vars(model.prior)
+
+
+def test_a_loop_of_a_forks_own_is_not_recorded():
+    config = farmer.Config(flow_blocks=2)
+    model = farmer.Farmer(config)
+    model.flow.blocks[1] = jacobi_inverse.JacobiBlock(config, flip=False)
+    assert [part for part, _ in model.replayable()] == [model.flow.blocks[0], model.prior]
+    model.prior.__class__ = type("Guided", (farmer.Prior,), dict(draw=lambda *_: None))
+    assert [name for _, name in model.replayable()] == ["inverse"]

@@ -244,7 +244,8 @@ def test_denoising_follows_the_noise_that_training_ends_with(flags, sigma):
 
 def test_a_new_run_is_put_where_its_preset_says(small_model):
     train.main([*FLAGS[:-2], "--steps", "1"])
-    assert Path("runs/small_model-default/ckpt.pt").exists()
+    trained = checkpoint(Path("runs/small_model-default"))["extra"]["training"]
+    assert trained["data"] == str(Path("data.npz").resolve())
     train.main([*FLAGS, "--steps", "1"])
     assert same_weights(*(weights(Path(p)) for p in ("runs/small_model-default", "run")))
 
