@@ -301,10 +301,11 @@ def main(argv: list[str] | None = None) -> None:
         presets = model_file(args.model).PRESETS.items()
         rows = sizes(args.model, {name: dataclasses.replace(c, **settings) for name, c in presets})
     elif args.command == "gpu":
-        words = [word for word in argv if word != "gpu"]
-        kind = args.device.type
-        compiled = "--compile" if kind == "cuda" else ""  # a CPU takes a minute for it
-        rows = gpu(["--preset", "farmer-1.1b-p16", "--device", kind, *words], compiled)
+        shared = [word for word in argv if word != "gpu"]
+        for flag, value in ("--preset", "farmer-1.1b-p16"), ("--device", "cuda"):
+            shared += [] if flag in shared else [flag, value]
+        compiled = "--compile" if args.device.type == "cuda" else ""  # a CPU takes a minute for it
+        rows = gpu(shared, compiled)
     else:
         cuda = args.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
