@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         numbers, images = log_p.pop("numbers"), log_p.pop("images")
         write_file(out, lambda file: np.savez(
             file, arr_0=images, arr_1=labels.numpy()[numbers], numbers=numbers, **log_p))
-        if log_p and can_be_shown(model):
+        if log_p and len(images) and can_be_shown(model):
             write_picture(out.with_suffix(".png"), extremes(images, log_p))
     total = sum(len(arrays["numbers"]) for arrays in drawn)
     if stopped:

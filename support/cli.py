@@ -6,7 +6,6 @@ import datetime
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,25 +190,20 @@ def write_file(path: str | Path, write: Callable) -> None:
     older file of that name stays untouched.
     """
     path = expanded(path)
-    temporary = None
-    prefix, suffix = UNFINISHED.format(name=path.name).split("*")
+    temporary = path.with_name(UNFINISHED.format(name=path.name).replace("*", os.urandom(4).hex()))
     try:
-        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # Python can read the umask only by setting it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
         cause = error.strerror or error
         raise UserError(f"{path}: cannot be written ({cause}); free some space or choose another "
                         "place") from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # if it has not become `path`
 
 
 def check_writable(flag: str, path: str | Path) -> Path:
