@@ -288,8 +288,9 @@ def test_statistics_without_a_name_are_the_inceptions_if_they_are_2048(tmp_path,
         assert report["features_sha256"] == Inception.digest and report["resize"] == "unknown"
     report = report_of(capsys, files[192], files[192])
     assert abs(report["fd"]) < 1e-6 and report["resize"] == "unknown"
-    for pair in ((192, 768), (2048, 192)):
-        fails(capsys, fid, [files[D] for D in pair], "different networks", "(192 values)")
+    images = write_npz(tmp_path / "a.npz", some_images(9))
+    for other in (files[768], files[2048], images):  # before any weights are downloaded
+        fails(capsys, fid, [files[192], other], "different networks", "(192 values)")
 
 
 def test_statistics_of_another_network_are_refused(tmp_path, capsys, sides):
