@@ -20,7 +20,7 @@ README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(python)?\n(.*?)^```", README, re.M | re.S)
 SMALLER = {"--steps": "3", "--num": "40"}  # instead of the README's numbers
 SMALL = ("--steps 2 --batch-size 4 --flow-blocks 1 --flow-width 64 --ar-layers 1 --ar-width 64 "
-         "--workers 0").split()
+         "").split()
 
 
 def commands() -> list[list[str]]:
