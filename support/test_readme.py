@@ -19,8 +19,8 @@ from support.conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(python)?\n(.*?)^```", README, re.M | re.S)
 SMALLER = {"--steps": "3", "--num": "40"}  # instead of the README's numbers
-SMALL = ("--steps 2 --batch-size 4 --flow-blocks 1 --flow-width 64 --ar-layers 1 --ar-width 64 "
-         "").split()
+SMALL = ("--steps 2 --batch-size 4 --flow-blocks 1 --flow-width 64 --ar-layers 1 "
+         "--ar-width 64").split()
 
 
 def commands() -> list[list[str]]:
