@@ -407,7 +407,11 @@ def test_every_use_of_a_run(small_run, tiny_data, tmp_path, capsys):  # noqa: F8
     save(tmp_path / "model.pt", model)
     fails(capsys, likelihood, ["bound", tmp_path / "model.pt"], "a trained model")
     unconditional = MINIMAL.split() + ["--num-classes", "0", "--out", str(tmp_path / "run")]
-    train.main([*unconditional, "--data", str(tiny_data), "--steps", "1"])
+    train.main([*unconditional, "--data", str(tiny_data), "--steps", "1", "--holdout", "5"])
+    capsys.readouterr()
+    for data, num in ([], 5), ([str(tiny_data)], 60):  # the hold-out, or all images of a set
+        likelihood.main(["bound", str(tmp_path / "run"), *data])
+        assert json.loads(capsys.readouterr().out)["images"] == num
     fails(capsys, likelihood, ["posterior", tmp_path / "run"], "no classes")
 
 
