@@ -202,20 +202,20 @@ def sizes(name: str, configs: dict) -> Iterator[dict]:
         yield row | {"GFLOP/image, forward": flops / 1e9}
 
 
-def gpu(shared: list[str]) -> Iterator[dict]:
+def gpu(shared: list[str], compiled: str) -> Iterator[dict]:
     """Rows of the table: what was run and how it ended. The parts print tables of their own.
 
     The part that is worth most comes first. Each is a process, so that whatever happens to it, the
-    GPU's own errors among them, costs no other part. `shared` are flags for all of them.
+    GPU's own errors among them, costs no other part. `shared` are flags for all of them, `compiled`
+    are more for some.
     """
-    compiled = "" if "cpu" in shared else " --compile"  # a CPU takes a minute for it
     parts = (
-        f"train --batch-sizes 32{compiled}",
+        f"train --batch-sizes 32 {compiled}",
         "sample --batch-sizes 64,1",
         "train --batch-sizes 32",
-        f"train --batch-sizes 128 --checkpointing{compiled}",
+        f"train --batch-sizes 128 --checkpointing {compiled}",
         "sample --batch-sizes 16",
-        f"sample --batch-sizes 64,1{compiled}",
+        f"sample --batch-sizes 64,1 {compiled}",
     )
     end = time.monotonic() + 60 * MINUTES
     for part in parts:
@@ -227,7 +227,7 @@ def gpu(shared: list[str]) -> Iterator[dict]:
             result = subprocess.run(command, timeout=end - start).returncode
         except subprocess.TimeoutExpired:
             result = "the time was over"
-        yield {"part": part, "s": time.monotonic() - start, "exit code": result}
+        yield {"part": part.strip(), "s": time.monotonic() - start, "exit code": result}
 
 
 # ----------------------------------------------------------------------------- command line
@@ -257,8 +257,8 @@ def parse(argv: list[str] | None):
                         help="time this model too, given the same sizes as far as it has them")
     parser.add_argument("--batch-sizes", type=integers, metavar="N1,N2",
                         help="images at a time (default: 32 for train, 1,16,64 for sample)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto = a GPU where there is one (default: auto)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                        help="auto = a GPU where there is one (default: auto; for gpu cuda)")
     parser.add_argument("--compile", action="store_true",
                         help="compile the layers, which takes a minute (default: do not)")
     parser.add_argument("--rounds", type=at_least(int, 1), default=5, metavar="N",
@@ -276,7 +276,7 @@ def parse(argv: list[str] | None):
     args = parser.parse_args(argv)
     if args.command is None:
         parser.error("COMMAND is missing; expected sample, train, sizes or gpu")
-    args.device = pick_device(args.device)
+    args.device = pick_device(args.device or ("cuda" if args.command == "gpu" else "auto"))
     args.preset = preset
     args.batch_sizes = args.batch_sizes or ([32] if args.command == "train" else [1, 16, 64])
     return args, config
@@ -302,7 +302,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = sizes(args.model, {name: dataclasses.replace(c, **settings) for name, c in presets})
     elif args.command == "gpu":
         shared = [word for word in argv if word != "gpu"]
-        rows = gpu(shared if "--preset" in shared else [*shared, "--preset", "farmer-1.1b-p16"])
+        for flag, value in ("--preset", "farmer-1.1b-p16"), ("--device", "cuda"):
+            shared += [] if flag in shared else [flag, value]
+        compiled = "--compile" if args.device.type == "cuda" else ""  # a CPU takes a minute for it
+        rows = gpu(shared, compiled)
     else:
         cuda = args.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"

@@ -489,11 +489,13 @@ def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch, capsys):
     benchmark.main(["gpu", "--device", "cpu", "--preset", "tiny"])
     ends = [row[-1] for row in table_rows(capsys)[1:]]
     assert ends == ["0", "the time was over", "0", "1", "0", "0"]
+    fails(capsys, benchmark, ["gpu"], "no CUDA GPU")
+    monkeypatch.setattr(benchmark, "pick_device", torch.device)
     benchmark.main(["gpu", "--model", "farmer"])
-    assert "tiny" in commands[0] and "farmer-1.1b-p16" in commands[-1]
     assert "--compile" not in commands[0] and "--compile" in commands[-1]
-    for command in commands:
-        benchmark.parse(command)
+    for command, preset in zip(commands, 6 * ["tiny"] + 6 * ["farmer-1.1b-p16"], strict=True):
+        args, _ = benchmark.parse(command)
+        assert (args.preset, args.device.type == "cpu") == (preset, preset == "tiny")
     fails(capsys, benchmark, ["train", *SMALL, "--against", "farmer:none"], "none", "fashion")
     fails(capsys, benchmark, SMALL, "COMMAND")
 

@@ -984,6 +984,8 @@ def test_noise_is_each_images_own_and_of_its_kind():
     steps = (noisy("rgb", 3.0, range(400), many) + 1) * 128 - 100
     assert stats.kstest((steps - steps.floor()).flatten(), "uniform").pvalue > 1e-3
     assert abs(steps.floor().var() - 9 - 1 / 12) < 0.3  # rounding adds 1/12
+    moved = quantize(noisy("rgb", 0.2, range(400), many)) != many
+    assert moved.double().mean() < 0.03  # whole levels: 1.2% are beyond half a level
     assert noisy("rgb", 3.0, range(400), 0 * many).min() < -1  # not clipped
     assert "gaussian, uniform, rgb, none" in refused(noisy, "gauss")
     z = torch.randn(4, 4, 8, 8)  # latents stay in their own units
