@@ -263,6 +263,17 @@ def second_fails_in_step_3(rank: int) -> None:
     train.lr_at = lr_at
 
 
+def second_fails_in_batch_3(rank: int) -> None:
+    real = sample.arrays_of
+
+    def arrays_of(batch, *args):
+        if rank == 1 and batch is not None and batch[0][0] == 34:
+            raise ValueError("this one fails")
+        return real(batch, *args)
+
+    sample.arrays_of = arrays_of
+
+
 def second_is_stopped_in_step_3(rank: int) -> None:
     real = train.lr_at
 
@@ -284,6 +295,15 @@ def test_promise_3_when_one_process_fails_the_others_end(tmp_path, tiny_data):
     for text in printed[::2]:
         assert "another process has ended" in text and "Traceback" not in text
     assert checkpoint(out)["extra"]["step"] == 2
+
+
+def test_promise_3_what_others_drew_is_kept_when_one_process_fails(small_run, tmp_path):
+    run = Started(tmp_path, "sample.py", small_run, "--num", "60", "--batch-size", "2", "--out",
+                  tmp_path / "x.npz", ranks=2, before=second_fails_in_batch_3)
+    printed = run.end(130, 2)
+    assert "x.npz holds 8 of 60 images" in printed[0] and "this one fails" in printed[1]
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["numbers"].tolist() == [0, 1, 2, 3, 30, 31, 32, 33]
 
 
 def test_promise_3_a_stop_signal_to_one_process_stops_all_and_saves(tmp_path, tiny_data):
