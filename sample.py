@@ -144,9 +144,9 @@ def parse_sweep(text: str, options) -> dict[str, object]:
 def draw(model, labels: Tensor, options, args) -> tuple[dict[str, np.ndarray], bool]:
     """Draws the images, each process its share.
 
-    On rank 0 returns arrays of the finite images, in order, and whether Ctrl-C or the end of another
-    process stopped it: numbers (n,), images (n, H, W, C), and with --log-prob its fields, each (n,)
-    in nats.
+    On rank 0 returns arrays of the finite images, in order: numbers (n,), images (n, H, W, C), and
+    with --log-prob its fields, each (n,) in nats; and whether Ctrl-C or the end of another process
+    stopped it.
     """
     if is_first():
         print(f"drawing {len(labels)} images: {in_use(model, options)}", file=sys.stderr)
