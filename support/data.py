@@ -1076,12 +1076,13 @@ def batches(
 
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
         uid = step * batch_size + rank * share + np.arange(share)
-        found = [[part[g % m] for part in epoch(g // m)] for g in uid.tolist()]
-        places, mirrored = zip(*found, strict=True)
+        parts = [[part[uid[uid // m == number] % m] for part in epoch(number)]
+                 for number in range(uid[0] // m, uid[-1] // m + 1)]
+        places, mirrored = map(np.concatenate, zip(*parts, strict=True))
         pixels, labels = images.batch(places)
         if flip:
-            mirrored = torch.tensor(mirrored)
-            pixels[mirrored] = pixels[mirrored].flip(3)
+            array = pixels.numpy()
+            array[mirrored] = array[mirrored, ..., ::-1]
         return pixels, labels, torch.from_numpy(uid)
 
     yield from in_threads(make, itertools.count(start_step), threads=1, ahead=1)
