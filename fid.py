@@ -28,7 +28,8 @@ that are floats, such as latents, too: it is given these as they are.
 
 What changes the numbers:
 - Size. REFERENCE's images are cropped and resized to the size of the samples, as
-  in training; beside a model's samples they also get the model's channels.
+  in training. Beside a model's samples they also get the model's channels;
+  otherwise colours stay, and a warning says if only one side is grey.
 - Resize to 299x299. TensorFlow 1, and so ADM's evaluator and torch-fidelity, has
   no half-pixel centres; torchmetrics and clean-fid antialias, each with a filter
   of its own. Compare only numbers made with the same resize.
@@ -196,7 +197,8 @@ def check_networks(sides: list, network) -> None:
     """Raises UserError where statistics in a file come from another network than the rest."""
     found = [network] if network else []
     found += [known for source, known in sides if source is None]
-    names = {side.digest or side.name: f"{side.name} (sha256 {side.digest})" for side in found}
+    names = {side.digest or side.name: side.name + f" (sha256 {side.digest})" * bool(side.digest)
+             for side in found}
     if len(names) > 1:
         raise UserError("SAMPLES and REFERENCE have features of different networks, "
                         f"{' and '.join(names.values())}; compute both with the same one, see "
@@ -342,8 +344,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.features:
             network = ScriptFeatures(args.features, device)
         elif any(source for source, _ in sides):
-            network = load_inception(args.weights).to(device)
+            network = Inception  # its weights may still have to be downloaded
         check_networks(sides, network)
+        if network is Inception:
+            network = load_inception(args.weights).to(device)
         sizes = {source.shape[:2] for source, _ in sides if source}
         if len(sizes) > 1:  # samples that are not square
             cli.warn(f"SAMPLES and REFERENCE are images of {' and '.join(map(str, sizes))} pixels: "
