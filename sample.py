@@ -38,6 +38,7 @@ from support.cli import (
     duration,
     given,
     is_first,
+    is_lost,
     run_script,
     write_file,
 )
@@ -143,8 +144,9 @@ def parse_sweep(text: str, options) -> dict[str, object]:
 def draw(model, labels: Tensor, options, args) -> tuple[dict[str, np.ndarray], bool]:
     """Draws the images, each process its share.
 
-    On rank 0 returns arrays of the finite images, in order, and whether Ctrl-C stopped it:
-    numbers (n,), images (n, H, W, C), and with --log-prob its fields, each (n,) in nats.
+    On rank 0 returns arrays of the finite images, in order: numbers (n,), images (n, H, W, C), and
+    with --log-prob its fields, each (n,) in nats; and whether Ctrl-C or the end of another process
+    stopped it.
     """
     if is_first():
         print(f"drawing {len(labels)} images: {in_use(model, options)}", file=sys.stderr)
@@ -159,8 +161,10 @@ def draw(model, labels: Tensor, options, args) -> tuple[dict[str, np.ndarray], b
     try:
         for _ in range(rounds + 1):  # the last one is empty: it ends `made`
             found += gather(arrays_of(next(made, None), model, labels, args.log_prob))
-    except KeyboardInterrupt:
-        stopped = True
+    except (KeyboardInterrupt, RuntimeError) as error:
+        stopped = isinstance(error, KeyboardInterrupt) or is_lost(error)
+        if not stopped:
+            raise
     found = [batch for batch in found if batch is not None]
     if not found:
         return {}, stopped

@@ -36,11 +36,11 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
-        lost = "RANK" in os.environ and re.search("by peer|remote (worker|process)", str(error))
-        if os.environ.get("FARMER_DEBUG") or isinstance(error, RuntimeError) and not lost:
+        bug = isinstance(error, RuntimeError) and not is_lost(error)
+        if os.environ.get("FARMER_DEBUG") or bug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        if lost:
+        if is_lost(error):
             message = "another process has ended; see what it printed"
         elif not isinstance(error, UserError):
             message += " (FARMER_DEBUG=1 shows where)"
@@ -56,6 +56,12 @@ def script() -> str:
 def is_first() -> bool:
     """Whether this is the only process or the first one that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of this run has ended."""
+    words = "by peer|remote (worker|process)"  # gloo's and NCCL's
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
 
 
 def warn(message: str, everywhere: bool = False) -> None:

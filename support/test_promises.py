@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -222,22 +223,23 @@ def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path):
     assert checkpoint(out)["config"]["sampling"]["guidance"] == 0  # there are no classes
 
 
-def own_folder(rank: int) -> None:
-    os.makedirs(f"n{rank}", exist_ok=True)
-    os.chdir(f"n{rank}")
+def own_folder(path: Path, rank: int) -> None:
+    """Each process works in a folder of its own, as on machines without a common disk."""
+    (path / f"n{rank}").mkdir(exist_ok=True)
+    os.chdir(path / f"n{rank}")
 
 
-def test_promise_3_processes_that_see_other_files_say_so(tmp_path, tiny_data, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_promise_3_processes_that_see_other_files_say_so(tmp_path, tiny_data):
+    apart = partial(own_folder, tmp_path)
     flags = ["train.py", *SMALL_FLAGS, "--steps", "2", "--data", tiny_data, "--out", "run"]
 
     def together(*more) -> str:
-        started = Started(tmp_path / "o", *flags, *more, ranks=2, before=in_folder(tmp_path))
+        started = Started(tmp_path / "o", *flags, *more, ranks=2, before=apart)
         first, second = started.end(2, 2)
         assert second.count("error") == 0 and first.count("error") == 1, (first, second)
         return first
 
-    Started(tmp_path / "o", *flags, ranks=2, before=in_folder(tmp_path)).end()
+    Started(tmp_path / "o", *flags, ranks=2, before=apart).end()
     assert checkpoint(tmp_path / "n0/run")["extra"]["step"] == 2
     assert not (tmp_path / "n1/run").exists()
     printed = together("--resume", "--steps", "4")
@@ -250,17 +252,6 @@ def test_promise_3_processes_that_see_other_files_say_so(tmp_path, tiny_data, mo
     assert "process 1: images is " in together("--data", "d.npz", "--out", "other")
 
 
-class in_folder:
-    """Each process works in a folder of its own, as on machines without a common disk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self, rank: int) -> None:
-        os.chdir(self.path)
-        own_folder(rank)
-
-
 def second_fails_in_step_3(rank: int) -> None:
     real = train.lr_at
 
@@ -270,6 +261,17 @@ def second_fails_in_step_3(rank: int) -> None:
         return real(settings, step)
 
     train.lr_at = lr_at
+
+
+def second_fails_in_batch_3(rank: int) -> None:
+    real = sample.arrays_of
+
+    def arrays_of(batch, *args):
+        if rank == 1 and batch is not None and batch[0][0] == 34:
+            raise ValueError("this one fails")
+        return real(batch, *args)
+
+    sample.arrays_of = arrays_of
 
 
 def second_is_stopped_in_step_3(rank: int) -> None:
@@ -293,6 +295,15 @@ def test_promise_3_when_one_process_fails_the_others_end(tmp_path, tiny_data):
     for text in printed[::2]:
         assert "another process has ended" in text and "Traceback" not in text
     assert checkpoint(out)["extra"]["step"] == 2
+
+
+def test_promise_3_what_others_drew_is_kept_when_one_process_fails(small_run, tmp_path):
+    run = Started(tmp_path, "sample.py", small_run, "--num", "60", "--batch-size", "2", "--out",
+                  tmp_path / "x.npz", ranks=2, before=second_fails_in_batch_3)
+    printed = run.end(130, 2)
+    assert "x.npz holds 8 of 60 images" in printed[0] and "this one fails" in printed[1]
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["numbers"].tolist() == [0, 1, 2, 3, 30, 31, 32, 33]
 
 
 def test_promise_3_a_stop_signal_to_one_process_stops_all_and_saves(tmp_path, tiny_data):
@@ -406,12 +417,7 @@ def test_promise_6_train_refuses_in_one_line_and_writes_nothing(tmp_path, tiny_d
 def test_promise_6_sample_refuses_in_one_line(small_run, tmp_path, monkeypatch, capsys, argv,
                                               words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "in_use", lambda *_: "")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.run_script(sample.main, [str(small_run), *argv.split()])
-    *_, line = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and "error" in line and all(word in line for word in words), line
+    fails(capsys, sample, [small_run, *argv.split()], *words)
     assert os.listdir(tmp_path) == []
 
 
