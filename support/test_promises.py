@@ -380,7 +380,7 @@ def test_promise_5_a_damaged_or_foreign_checkpoint_is_one_line(small_run, tmp_pa
 @pytest.mark.parametrize("argv, words", [
     ("--steps 0", ["steps", "got 0", "least 1"]),
     ("--lr nan", ["lr", "nan"]),
-    ("--batch-size 8 --micro-batch 3", ["batch_size", "got 8", "micro-batch 3"]),
+    ("--batch-size 8 --micro-batch 3", ["batch_size", "got 8", "multiple of 3", "--micro-batch"]),
     ("--label-drop 1", ["label_drop", "got 1"]),
     ("--informative-dim 99", ["informative_dim", "got 99", "48"]),
     ("--image-size 15", ["image_size", "got 15", "patch_size 4"]),
