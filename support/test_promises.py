@@ -324,7 +324,9 @@ def test_promise_3_more_processes_than_gpus_is_one_line(monkeypatch, capsys):
 
 # ----------------------------------------------------------------------------- 4
 def test_promise_4_an_image_depends_on_seed_and_number_alone(small_run):
+    state = torch.get_rng_state()
     model, _ = load(small_run)
+    assert torch.equal(state, torch.get_rng_state())  # loading draws nothing from the caller's
     labels = torch.arange(7)
     whole = drawn(model, labels, seed=4, batch_size=7)
     parts = drawn(model, labels, seed=4, batch_size=3)
