@@ -213,7 +213,7 @@ def test_promise_3_three_processes_sample_and_evaluate_as_one(small_run, tmp_pat
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path):
+def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path, capsys):
     np.savez(tmp_path / "d.npz", images=np.zeros((9, 16, 16, 3), np.uint8))
     out = tmp_path / "run"
     Started(tmp_path, "train.py", *SMALL_FLAGS, "--batch-size", "6", "--steps", "1", "--holdout",
@@ -221,6 +221,9 @@ def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["val_images"] == 1 and (out / "samples.png").exists()
     assert checkpoint(out)["config"]["sampling"]["guidance"] == 0  # there are no classes
+    train.main(["--eval", str(out)])
+    alone = json.loads(capsys.readouterr().out)["nats_per_dim"]
+    assert log[-1]["val_nats_per_dim"] == pytest.approx(alone, rel=1e-5)
 
 
 def own_folder(path: Path, rank: int) -> None:
