@@ -213,7 +213,7 @@ def test_promise_3_three_processes_sample_and_evaluate_as_one(small_run, tmp_pat
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path):
+def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path, capsys):
     np.savez(tmp_path / "d.npz", images=np.zeros((9, 16, 16, 3), np.uint8))
     out = tmp_path / "run"
     Started(tmp_path, "train.py", *SMALL_FLAGS, "--batch-size", "6", "--steps", "1", "--holdout",
@@ -221,6 +221,9 @@ def test_promise_3_fewer_held_out_images_than_processes_are_enough(tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["val_images"] == 1 and (out / "samples.png").exists()
     assert checkpoint(out)["config"]["sampling"]["guidance"] == 0  # there are no classes
+    train.main(["--eval", str(out)])
+    alone = json.loads(capsys.readouterr().out)["nats_per_dim"]
+    assert log[-1]["val_nats_per_dim"] == pytest.approx(alone, rel=1e-5)
 
 
 def own_folder(path: Path, rank: int) -> None:
@@ -324,7 +327,9 @@ def test_promise_3_more_processes_than_gpus_is_one_line(monkeypatch, capsys):
 
 # ----------------------------------------------------------------------------- 4
 def test_promise_4_an_image_depends_on_seed_and_number_alone(small_run):
+    state = torch.get_rng_state()
     model, _ = load(small_run)
+    assert torch.equal(state, torch.get_rng_state())  # loading draws nothing from the caller's
     labels = torch.arange(7)
     whole = drawn(model, labels, seed=4, batch_size=7)
     parts = drawn(model, labels, seed=4, batch_size=3)
@@ -380,7 +385,7 @@ def test_promise_5_a_damaged_or_foreign_checkpoint_is_one_line(small_run, tmp_pa
 @pytest.mark.parametrize("argv, words", [
     ("--steps 0", ["steps", "got 0", "least 1"]),
     ("--lr nan", ["lr", "nan"]),
-    ("--batch-size 8 --micro-batch 3", ["batch_size", "got 8", "micro-batch 3"]),
+    ("--batch-size 8 --micro-batch 3", ["batch_size", "got 8", "multiple of 3", "--micro-batch"]),
     ("--label-drop 1", ["label_drop", "got 1"]),
     ("--informative-dim 99", ["informative_dim", "got 99", "48"]),
     ("--image-size 15", ["image_size", "got 15", "patch_size 4"]),
