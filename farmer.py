@@ -97,7 +97,10 @@ class Noise(NamedTuple):
 
 def new_noise(B: int, candidates: tuple, d: int, picks: tuple, generators: Generators,
               like: Tensor) -> Noise:
-    """Makes u (B, *candidates), eps (B, *candidates, d) and pick (B, *picks)."""
+    """Makes u (B, *candidates), eps (B, *candidates, d) and pick (B, *picks): both are shapes.
+
+    like gives the dtype and the device.
+    """
     u = random(torch.rand, B, candidates, generators, like)
     eps = random(torch.randn, B, (*candidates, d), generators, like)
     pick = random(torch.rand, B, picks, generators, like)
@@ -189,40 +192,48 @@ class GMM(NamedTuple):
 def lean(module: nn.Module) -> nn.Module | Callable | list:
     """A twin of a module that computes the same with less overhead, for one token at a time.
 
-    Its parts are plain attributes, and its Linear and LayerNorm parts plain functions with the
-    weights in the memory order, and under autocast also in the dtype, of fast products with few
-    rows. Use it while the weights stay as they are.
+    In the twin, parts are plain attributes and a ModuleList is a list. Linear and LayerNorm become
+    plain functions, unless they have hooks or a `forward` of their own. The weights of a Linear are
+    copied column by column, which makes products with few rows faster, and under autocast also in
+    its dtype. So make a new twin whenever the weights may have changed.
     """
     if isinstance(module, nn.ModuleList):
         return [lean(part) for part in module]
     changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
     if type(module) is nn.LayerNorm and not changed:
-        return functools.partial(
+        norm = functools.partial(
             torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
             bias=module.bias, eps=module.eps)
+        norm.weight, norm.bias = module.weight, module.bias
+        return norm
     if type(module) is nn.Linear and not changed:
         return lean_linear(module)
     twin = copy.copy(module)
-    parts = {name: lean(part) for name, part in module.named_children()}
+    # Not named_children(), which leaves out the second use of a shared part.
+    parts = {name: lean(part) for name, part in module._modules.items() if part is not None}
     vars(twin).update(module._parameters | module._buffers | parts)
-    if isinstance(module, nn.Sequential):
+    if isinstance(module, nn.Sequential):  # whose forward loops over `_modules`
         twin._modules = parts
     return twin
 
 
 def lean_linear(module: nn.Linear) -> Callable:
-    """The part of `lean` for a Linear."""
+    """What `lean` makes of a Linear: a function with the attributes `weight` and `bias`.
+
+    Under autocast the weights are cast once, here, and not anew for each token. Where
+    `full_precision` turns autocast off again, the original weights are used.
+    """
     kind = module.weight.device.type
-    weight = module.weight.mT.contiguous().mT
-    linear = functools.partial(F.linear, weight=weight, bias=module.bias)
-    if torch.is_autocast_enabled(kind):  # which would cast the weights anew for each token
+    weight = module.weight.mT.contiguous().mT  # the same matrix (out, in), stored by columns
+    if torch.is_autocast_enabled(kind):
         low = weight.to(torch.get_autocast_dtype(kind))
 
         def linear(h: Tensor) -> Tensor:
-            within = torch.is_autocast_enabled(kind)  # but not where `full_precision` holds
-            return F.linear(h, low if within else weight, module.bias)
-
-    linear.weight = weight
+            now = low if torch.is_autocast_enabled(kind) else weight
+            return F.linear(h, now, module.bias)
+    else:
+        linear = functools.partial(F.linear, weight=weight, bias=module.bias)
+    linear.weight, linear.bias = weight, module.bias  # a forward may read their dtype
     return linear
 
 
@@ -637,17 +648,18 @@ class Prior(nn.Module):
 
     def sample_informative(self, labels: Tensor, options: Sampling,
                            noise: Noise) -> tuple[Tensor, Tensor]:
-        """labels (B,) -> Z_I (B, N, d_I) and h at the last token, one token after another.
+        """labels (B,) -> Z_I (B, N, d_I) and h (B, W), one token after another.
 
-        With guidance, the passes for the class and for the null class run as one doubled batch,
-        and h is (2B, W) instead of (B, W).
+        h is the Transformer's output at the last token, for `sample_redundant`; without a split
+        nothing reads it. With guidance, the passes for the class and for the null class run as one
+        doubled batch, and h is (2B, W).
         """
         guided = options.guidance > 0
         if guided:
             labels = torch.cat([labels, self.null_labels(labels)])
         pos = self.pos()
         with torch.inference_mode():
-            prior = lean(self)
+            prior = lean(self)  # for its parts; all else is the same in both
             cache = self.transformer.new_cache(self.M + self.N)
             h = prior.transformer(self.class_tokens(labels), cache)[:, -1]  # (B or 2B, W)
             Z_I = []
@@ -671,7 +683,7 @@ class Prior(nn.Module):
         the weights are very uneven, and many tokens share a vector. The size of the pool, and
         whether Table 6 applies to Z^R, are open.
         """
-        if self.redundant is None:  # N(0, I): it takes neither guidance nor temperature
+        if self.redundant is None:  # N(0, I): no guidance or temperature, only redundant_scale
             h = h[:B]
             options = dataclasses.replace(options, guidance=0.0, T_sigma=1.0)
         h = h.unflatten(0, (-1, B))  # (1 or 2, B, W)
@@ -722,9 +734,10 @@ def resample_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) ->
 def naive_cfg(p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Tensor:
     """Naive CFG, the ablation of Table 3: p (2B, K, ...) -> one draw per candidate, (B, S, d).
 
-    As in GIVT and JetFormer, a component N_c of p_c is drawn, and each of its channels becomes
-    N_c^{1+w} N_u^{-w} with the same component of p_u. They draw from that by rejection; but it is a
-    Gaussian, used here in closed form. Where sigma_u is too small for that, N_c stays.
+    As in GIVT and JetFormer, a component is drawn with the weights of p_c; then N_c^{1+w} N_u^{-w}
+    of this component in p_c and in p_u takes its place. They draw from that by rejection; here it
+    is computed, channel by channel, as the Gaussian that it is. In channels where sigma_u^2 is
+    below sigma_c^2 w / (1 + w) it cannot be normalised, and N_c is used unguided.
     """
     if type(p) is not GMM:
         raise ValueError("guidance_method: got naive, but this model's mixtures are not Gaussian; "
@@ -759,15 +772,16 @@ class Distiller(nn.Module):
                 generators: Generators = None) -> dict[str, Tensor]:
         """Real images x (B, C, H, W) -> {"loss": (B,)}, the mean of MSE(Z~_{t-1}, Z_{t-1}) over t.
 
-        The first student block, t = n, receives Z_n + s eps with s ~ U[0, noise], and each later
-        one the output of the one before. Algorithm 2 draws one s per iteration; whether for all
-        images is open, here each has its own.
+        Z~_{t-1} is the output of student block t. The first one, t = n, receives Z_n + s eps with
+        s ~ U[0, noise], and each later one the output of the one before. Algorithm 2 draws one s
+        per iteration; whether for all images is open, here each has its own.
         """
-        Z, labels = self.teacher(x, labels)
+        states, labels = self.teacher(x, labels)  # Z_0 ... Z_n
+        last = states[-1]
         s = self.noise * random(torch.rand, len(x), (1, 1), generators, x)
-        z = Z[-1] + s * random(torch.randn, len(x), tuple(Z[-1].shape[1:]), generators, x)
+        z = last + s * random(torch.randn, len(x), tuple(last.shape[1:]), generators, x)
         losses = []
-        for block, target in zip(reversed(self.student), reversed(Z[:-1]), strict=True):
+        for block, target in zip(reversed(self.student), reversed(states[:-1]), strict=True):
             z = block.one_step(z, labels)
             losses.append((z - target).square().mean((1, 2)))
         return {"loss": torch.stack(losses).mean(0)}
@@ -824,14 +838,16 @@ class Farmer(nn.Module):
         """log p(images|labels) of dequantised images (B, C, H, W), pixels in about [-1, 1].
 
         labels (B,), or None for the null class; the parts are (B,). Raises ValueError for images of
-        another size or, unless the labels are on a GPU, a label out of range.
+        another size and for wrong labels, see `check_labels`.
         """
-        _, *parts = self.token_log_prob(images, labels)
-        informative, redundant, logdet = (part.sum(1) for part in parts)
-        return LogProb(informative + redundant + logdet, informative, redundant, logdet)
+        return LogProb(*(part.sum(1) for part in self.token_log_prob(images, labels)))
 
     def token_log_prob(self, images: Tensor, labels: Tensor | None = None) -> LogProb:
-        """`log_prob` token by token: its parts are (B, N), in raster order."""
+        """The terms of `log_prob` by token: each part is (B, N) in raster order, in nats.
+
+        Only their sum over the tokens is a log-probability: the flow mixes tokens, so that one term
+        is not that of one patch.
+        """
         labels = self.check_labels(labels, len(images))
         states, logdet = self.flow.states(self.patches(images), labels)
         Z = self.flow.flipped(states[-1])
@@ -913,22 +929,24 @@ class Farmer(nn.Module):
         return unpatchify(X, self.config.patch_size, self.config.channels)
 
     def check_labels(self, labels: Tensor | None, B: int) -> Tensor:
-        """Checks labels (B,) and puts them on the model's device.
+        """Checks labels (B,) and puts them on the model's device as int64.
 
-        All are null if labels is None or the model has no classes. Raises ValueError for others
-        than 0 to num_classes, on a GPU only for another shape or dtype.
+        Without labels, or in a model without classes, all are null and nothing is checked. Else
+        raises ValueError for a wrong shape, for labels that are not integers and, unless they are
+        on a GPU, for values outside 0 to num_classes.
         """
         device = next(self.parameters()).device
         null = self.config.num_classes
         if labels is None or null == 0:
             return torch.full((B,), null, device=device)
-        wrong = labels.shape != (B,) or labels.is_floating_point()
+        integers = not labels.is_floating_point() and labels.dtype is not torch.bool
+        wrong = labels.shape != (B,) or not integers
         if not wrong and not labels.is_cuda:  # reading the values would make a GPU wait
             wrong = bool(((labels < 0) | (labels > null)).any())
         if wrong:
             raise ValueError(f"labels: got {str(labels.tolist())[:40]}, expected {B} integers "
                              f"from 0 to {null} (null)")
-        return labels.to(device)
+        return labels.to(device, torch.int64)
 
     def new_student(self) -> nn.ModuleList:
         """Attaches a student that starts as a copy of the flow's blocks (3.5)."""
@@ -946,8 +964,11 @@ class Farmer(nn.Module):
     def distiller(self, noise: float = 0.3) -> Distiller:
         """The module that trains this model's student; attaches a student if there is none.
 
-        Freezes the model itself. noise is that of Algorithm 2.
+        Freezes the model itself. noise is the largest std of the noise on the student's input, 0.3
+        in Algorithm 2.
         """
+        if not self.flow.blocks:
+            raise ValueError("flow_blocks: got 0, expected at least 1, as a student inverts them")
         if self.student is None:
             self.new_student()
         self.requires_grad_(False)
@@ -965,9 +986,12 @@ class Farmer(nn.Module):
         return find_layers(self)
 
     def replayable(self) -> list[tuple[nn.Module, str]]:
-        """The token loops, as (part, name of its method), which a GPU may record and replay.
+        """The token loops that a GPU may record and replay, as (part, name of its method).
 
-        These are those of this file. A fork whose own loops never wait for the GPU may add them.
+        Listed are those that a fork has not overridden. What runs inside must not wait for the GPU
+        (no .item(), no branch on a tensor's values) nor read anything that changes but arguments
+        and weights. Of the parts that a fork assigns this is not checked: it overrides this method
+        to leave such a loop out, or to add one of its own.
         """
         loops = [(block, "inverse") for block in self.flow.blocks
                  if type(block).inverse is FlowBlock.inverse]
@@ -992,10 +1016,10 @@ def setting(default, help: str, least: float | None = None, below: float = math.
 
 
 def check_settings(config) -> None:
-    """Raises a ValueError that names the first setting of a dataclass with a value out of bounds.
+    """Checks the fields that `setting` made, and stores their values as plain data.
 
-    NumPy's numbers are stored as Python's, and an integer where a float belongs as a float, so that
-    a checkpoint holds plain data.
+    Raises a ValueError that names the first wrong one. Numbers of NumPy become Python's, and an
+    integer where a float belongs becomes a float, so that a checkpoint can hold them.
     """
     for f in dataclasses.fields(config):
         if "choices" not in f.metadata:  # not made by `setting`

@@ -602,11 +602,29 @@ def test_an_error_names_what_is_wrong():
     for wrong in (normal(2, 1, 8, 8), normal(2, 3, 16, 16), normal(3, 8, 8)):
         with pytest.raises(ValueError, match="images: got .*expected a batch of .3, 8, 8."):
             model.log_prob(wrong)
-    for wrong in ([0, 4], [-1, 0], [0], [[0], [1]], [0.0, 1.0]):
+    for wrong in ([0, 4], [-1, 0], [0], [[0], [1]], [0.0, 1.0], [False, True]):
         with pytest.raises(ValueError, match="labels: got .*expected 2 integers from 0 to 3"):
             model.log_prob(normal(2, 3, 8, 8), torch.tensor(wrong))
     with pytest.raises(ValueError, match="inverse: got 'jacobi', expected exact or student"):
         model.flow.inverse(normal(2, 16, 12), "jacobi")
+
+
+def test_a_twin_for_decoding_computes_the_same_whatever_its_parts():
+    """Parts that are used twice, hooked or of another class, weights that a forward reads."""
+    torch.manual_seed(0)
+    act = torch.nn.GELU()
+    stack = torch.nn.Sequential(torch.nn.Linear(4, 4), act, torch.nn.Linear(4, 4), act)
+    stack.append(torch.nn.LayerNorm(4)).append(torch.nn.RMSNorm(4))
+    stack[0].register_forward_hook(lambda module, args, out: out + 1)
+    h = torch.randn(3, 1, 4)
+    assert torch.allclose(farmer.lean(stack)(h), stack(h), atol=1e-6)
+    lean = farmer.lean(torch.nn.ModuleDict(dict(a=stack[2], b=stack[4])))
+    assert torch.equal(lean.a.weight, stack[2].weight) and lean.b.bias is stack[4].bias
+    with torch.autocast("cpu", torch.bfloat16):
+        twin = farmer.lean(stack)
+        assert torch.allclose(twin(h), stack(h), atol=0.05)
+        with farmer.full_precision(h):  # where heads and scales are computed
+            assert torch.allclose(farmer.lean(stack)(h), stack(h), atol=1e-6)
 
 
 # ----------------------------------------------------------------------------- forks
