@@ -13,7 +13,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/pip install -qq --no-compile av==18.1.0 pillow==13.0.0 opencv-python-headless==5.0.0.93 simplejpeg==1.9.0 imagecodecs==2026.3.6 numpy==2.4.6
+venv/bin/pip install -qq --no-compile av==18.1.0 pillow==13.0.0 \
+    opencv-python-headless==5.0.0.93 simplejpeg==1.9.0 imagecodecs==2026.3.6 numpy==2.4.6
 OMP_NUM_THREADS=1 venv/bin/python -W ignore - <<'END'
 import io
 
