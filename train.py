@@ -769,7 +769,8 @@ def main(argv: list[str] | None = None) -> None:
     first.add_argument("--model", metavar="NAME",
                        help=f"name of the model's file (default: {DEFAULT_MODEL})")
     first.add_argument("--preset", metavar="NAME", help="model and training settings, see below")
-    first.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET)")
+    first.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET or "
+                       "runs/MODEL-PRESET)")
     first.add_argument("--resume", action="store_true",
                        help="continue from OUT/ckpt.pt; only --steps, --seed and, if the data has "
                        "moved, --data may change")

@@ -115,7 +115,8 @@ def check_samples(model):
     error = largest(together[1:2], model.sample(y[1:2], None, generators(1)))
     return error < 1e-3 * together.abs().max(), (
         f"an image drawn alone and in a batch differs by {error:.2g}"), (
-        "take random numbers only from the generator of each image")
+        "take random numbers only from the generator of each image, and let nothing depend on the "
+        "size of a batch")
 
 
 def check_labels(model):
@@ -170,12 +171,23 @@ def check_determinant(model):
 
 
 def check_tokens(model):
+    """log p by token adds up, and each block tells the log-determinant at a token's own place."""
     x, y = images_of(model), labels_of(model)
     tokens = model.token_log_prob(x, y).total
     total = model.log_prob(x, y).total
     error = largest(tokens.sum(1), total)
     fits = tokens.shape == (len(x), model.config.num_tokens) and error < 1e-4 * total.abs().max()
-    return fits, f"the tokens' log p, {tuple(tokens.shape)}, adds up to log p within {error:.2g}"
+    X = model.patches(x[:1])
+    misplaced = 0.0
+    for block in model.flow.blocks:
+        label = model.check_labels(y[:1], 1)
+        J = torch.autograd.functional.jacobian(lambda z: block(z, label)[0], X)  # noqa: B023
+        own = torch.stack([J[0, i, :, 0, i] for i in range(X.shape[1])])  # dz_i / dx_i, (N, d, d)
+        exact = torch.linalg.slogdet(own.double()).logabsdet
+        misplaced = max(misplaced, largest(exact, block(X, label)[1][0]))
+    return fits and misplaced < 1e-2, (
+        f"log p by token adds up to log p within {error:.2g}; a block's log-determinant at a token "
+        f"is off by up to {misplaced:.2g} nats"), "unorder the log-determinant like the tokens"
 
 
 def check_future(model):

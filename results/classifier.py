@@ -99,7 +99,7 @@ def read_right(network: nn.Module, images: Images) -> float:
 def open_data(args) -> tuple[Images, Images | None]:
     """The images to train on, and the held-out ones: by --holdout, else the test split."""
     size = args.image_size or (16 if args.data == "digits" else None)
-    images, held = open_images(args.data, size)
+    images, held = open_images(args.data, size, enlarge=args.enlarge)
     if images.labels is None or images.labels.ndim > 1:
         raise UserError(f"{args.data} has no labels; expected class folders, or labels in a file")
     if args.holdout:
@@ -193,6 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         action.add_argument("--image-size", type=at_least(int, 1), metavar="N",
                             help="crop and resize the images to N x N pixels (default: the size "
                             "that they have; digits: 16)")
+        action.add_argument("--enlarge", action="store_true",
+                            help="enlarge images that are smaller instead of refusing them")
         if function is fit:
             action.add_argument("--steps", type=at_least(int, 3), default=500, metavar="N",
                                 help="of training, with 100 images each (default: 500)")

@@ -45,11 +45,11 @@ def model_file(name: str, beside: Path | None = None) -> ModuleType:
     Raises UserError if there is no such file or it lacks a part of SEAM. Errors that the file
     itself raises are passed on.
     """
-    parts = name.split(".")
+    parts = name.removesuffix(".py").split(".")
     folders = [REPOSITORY, Path.cwd()]
     if beside is not None:
         folders.append(beside.resolve())
-    files = [folder.joinpath(*parts).with_suffix(".py") for folder in folders]
+    files = [folder.joinpath(*parts).with_suffix(".py") for folder in dict.fromkeys(folders)]
     found = [file for file in files if file.is_file()]
     if not found or not all(part.isidentifier() for part in parts):
         raise UserError(f"--model: got {name!r}, but there is no {' and no '.join(map(str, files))}"
@@ -206,9 +206,11 @@ def first_checkpoint(arguments: Iterable[str]) -> Saved | None:
 
 # ----------------------------------------------------------------------------- a run's folder
 def check_folder(out: Path, resuming: bool) -> None:
-    """Raises UserError if a new run would meet the files of another one."""
+    """Raises UserError if a new run would meet the files of another one that made a step."""
     there = [name for name in RUN_FILES if (out / name).exists()]
-    if there and not resuming:
+    log = out / "log.jsonl"
+    failed = log.exists() and not log.stat().st_size  # before its first step
+    if there and not resuming and not failed:
         raise UserError(f"{out} already holds files of a run ({', '.join(there)}); pass "
                         "--resume to continue it, or another --out")
 
