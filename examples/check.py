@@ -26,7 +26,7 @@ from support.cli import Parser, run_script
 
 SMALL = dict(
     image_size=8, patch_size=2, num_classes=3, flow_blocks=3, flow_layers=1, flow_width=32,
-    ar_layers=1, ar_width=32, head_dim=16, informative_dim=3, class_tokens=2)
+    ar_layers=1, ar_width=32, head_dim=16, ar_head_dim=16, informative_dim=3, class_tokens=2)
 
 
 # ----------------------------------------------------------------------------- what is checked

@@ -90,7 +90,14 @@ def in_process(argv: list[str], env: dict, output: Path, before: Callable | None
     sys.argv = argv
     if before is not None:
         before(rank)
-    run_script(importlib.import_module(Path(argv[0]).stem).main, argv[1:])
+    code = 0
+    try:
+        run_script(importlib.import_module(Path(argv[0]).stem).main, argv[1:])
+    except SystemExit as ended:
+        code = ended.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not by way of threads that the server had when it was forked
 
 
 # ----------------------------------------------------------------------------- runs
