@@ -251,7 +251,7 @@ class KVCache:
         B, heads, new, head_dim = k.shape
         if self.k is None:
             self.k = k.new_empty(B, heads, self.T, head_dim)
-            self.v = v.new_empty(B, heads, self.T, head_dim)
+            self.v = torch.empty_like(self.k)
         past = self.length
         self.length = past + new
         self.k[:, :, past:self.length] = k
@@ -469,7 +469,7 @@ class Flow(nn.Module):
         if not self.whiten:
             return
         X = X.flatten(0, 1).double()
-        covariance = torch.cov(X.T).reshape(X.shape[1], X.shape[1])  # of one channel: a number
+        covariance = torch.atleast_2d(torch.cov(X.T))  # of one channel, torch's is a number
         variance, axes = torch.linalg.eigh(covariance)
         variance = variance.flip(0).clamp(min=1e-8)
         axes = axes.flip(1)
@@ -553,15 +553,18 @@ class MixtureHead(nn.Module):
         if K > 1:  # of the means: components that start out equal would separate slowly
             nn.init.normal_(self.linear.bias[K:K + K * d], std=0.5)
 
+    def log_sigma(self, raw: Tensor) -> Tensor:
+        """The log sigmas that the raw outputs stand for; of the same shape."""
+        return soft_bound(raw, MIXTURE_LOG_SCALE_BOUND)
+
     def forward(self, h: Tensor) -> GMM:
         K = self.K
         d = self.d
         with full_precision(h):
             output = self.linear(h.to(self.linear.weight.dtype))
-            logits, mu, log_sigma = output.split([K, K * d, K * d], -1)
-            log_sigma = soft_bound(log_sigma, MIXTURE_LOG_SCALE_BOUND)
+            logits, mu, raw = output.split([K, K * d, K * d], -1)
             return self.mixture(
-                logits, mu.unflatten(-1, (K, d)), log_sigma.unflatten(-1, (K, d)))
+                logits, mu.unflatten(-1, (K, d)), self.log_sigma(raw).unflatten(-1, (K, d)))
 
 
 class Prior(nn.Module):
@@ -589,7 +592,7 @@ class Prior(nn.Module):
         self.pos = Positions(self.N, W)  # learned: the AR's reading order makes no difference
         self.transformer = Transformer(W, config.ar_layers, config.head_dim)
         self.informative = MixtureHead(W, config.informative_mixtures, self.d_I)
-        self.redundant: MixtureHead | None = None  # None: no split, or N(0, I)
+        self.redundant: MixtureHead | None = None  # None: N(0, I), over no channels without a split
         if self.d_R and config.redundant_mixtures:
             self.redundant = MixtureHead(W, config.redundant_mixtures, self.d_R)
 
@@ -607,20 +610,18 @@ class Prior(nn.Module):
         """h (B, W) at the last informative token -> the mixture of all Z^R, (B, K_R, ...)."""
         if self.redundant is None:  # N(0, I), as in JetFormer (4.3)
             zeros = h.new_zeros(len(h), 1, self.d_R)
-            return GMM(zeros[..., 0], zeros, zeros)
+            return GMM(h.new_zeros(len(h), 1), zeros, zeros)
         return self.redundant(h)
 
-    def forward(self, Z_I: Tensor, labels: Tensor) -> tuple[GMM, GMM | None]:
+    def forward(self, Z_I: Tensor, labels: Tensor) -> tuple[GMM, GMM]:
         """Predicts the mixtures from Z_I (B, N, d_I) and labels (B,).
 
-        Returns those of Z_I, (B, N, K_I, ...), and the one of Z_R, (B, K_R, ...) or None.
+        Returns those of Z_I, (B, N, K_I, ...), and the one of Z_R, (B, K_R, ...). Without a split,
+        Z_R has no channels, and the density 1.
         """
         h = torch.cat([self.class_tokens(labels), self.embed(Z_I) + self.pos()], 1)
         h = self.transformer(h)[:, self.M - 1:]  # (B, N + 1, W)
-        p_I = self.informative(h[:, :-1])
-        if not self.d_R:
-            return p_I, None
-        return p_I, self.shared(h[:, -1])
+        return self.informative(h[:, :-1]), self.shared(h[:, -1])
 
     def draw(self, p: GMM, options: Sampling, noise: Noise, scale: float = 1.0) -> Tensor:
         """Draws from one mixture per image, (B, K, ...), or with guidance from pairs (2B, K, ...).
@@ -637,22 +638,34 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, options: Sampling, generators: Generators = None) -> Tensor:
-        """labels (B,) -> Z (B, N, d) drawn from the prior, guided where options.guidance > 0."""
+        """labels (B,) -> Z (B, N, d) drawn from the prior, guided where options.guidance > 0.
+
+        All N vectors of Z_R are draws from the one shared mixture. With resampling, they are picked
+        with replacement from one pool of N S candidates. Where class and null differ in many
+        channels, the weights are very uneven, and many tokens share a vector. The size of the pool,
+        and whether Table 6 applies to Z^R, are open.
+        """
         B = len(labels)
         candidates = (self.N, options.candidates)
         noise = new_noise(B, candidates, self.d_I, (self.N, 1), generators, self.class_pos)
         Z_I, h = self.sample_informative(labels, options, noise)
         if not self.d_R:
             return Z_I
-        return torch.cat([Z_I, self.sample_redundant(h, B, options, generators)], -1)
+        if self.redundant is None:  # N(0, I): no guidance or temperature, only redundant_scale
+            h = h[:B]
+            options = dataclasses.replace(options, guidance=0.0, T_sigma=1.0)
+        pool = self.N * options.candidates
+        noise = new_noise(B, (pool,), self.d_R, (self.N,), generators, self.class_pos)
+        Z_R = self.draw(self.shared(h), options, noise, options.redundant_scale)
+        return torch.cat([Z_I, Z_R], -1)
 
     def sample_informative(self, labels: Tensor, options: Sampling,
                            noise: Noise) -> tuple[Tensor, Tensor]:
         """labels (B,) -> Z_I (B, N, d_I) and h (B, W), one token after another.
 
-        h is the Transformer's output at the last token, for `sample_redundant`; without a split
-        nothing reads it. With guidance, the passes for the class and for the null class run as one
-        doubled batch, and h is (2B, W).
+        h is the Transformer's output at the last token, for Z_R; without a split nothing reads it.
+        With guidance, the passes for the class and for the null class run as one doubled batch, and
+        h is (2B, W).
         """
         guided = options.guidance > 0
         if guided:
@@ -673,33 +686,6 @@ class Prior(nn.Module):
                 h = prior.transformer(token, cache)[:, -1]
             Z_I = torch.cat(Z_I, 1)
         return Z_I.clone(), h.clone()
-
-    def sample_redundant(self, h: Tensor, B: int, options: Sampling,
-                         generators: Generators = None) -> Tensor:
-        """h (B or 2B, W) at the last informative token -> Z_R (B, N, d_R).
-
-        All N vectors are draws from the one shared mixture. With resampling, they are picked with
-        replacement from one pool of N S candidates. Where class and null differ in many channels,
-        the weights are very uneven, and many tokens share a vector. The size of the pool, and
-        whether Table 6 applies to Z^R, are open.
-        """
-        if self.redundant is None:  # N(0, I): no guidance or temperature, only redundant_scale
-            h = h[:B]
-            options = dataclasses.replace(options, guidance=0.0, T_sigma=1.0)
-        h = h.unflatten(0, (-1, B))  # (1 or 2, B, W)
-        pool = self.N * options.candidates
-        at_once = max(1, 2**22 // (pool * self.d_R))  # images at a time, to limit the memory
-        parts = []
-        for i in range(0, B, at_once):
-            part = h[:, i:i + at_once]
-            some = generators
-            if isinstance(generators, list):
-                some = generators[i:i + at_once]
-            noise = new_noise(
-                part.shape[1], (pool,), self.d_R, (self.N,), some, self.class_pos)
-            p = self.shared(part.flatten(0, 1))
-            parts.append(self.draw(p, options, noise, options.redundant_scale))
-        return torch.cat(parts)
 
 
 # ----------------------------------------------------------------------------- guidance
@@ -826,9 +812,10 @@ class Farmer(nn.Module):
         """
         D = x[0].numel()
         log_p = self.log_prob(x, labels)
+        loss = -log_p.total / D
         return dict(
-            loss=-log_p.total / D,
-            nats_per_dim=-log_p.total / D,  # the loss again, under the name that the log shows
+            loss=loss,
+            nats_per_dim=loss,  # under the name that the log shows
             informative=-log_p.informative / D,
             redundant=-log_p.redundant / D,
             logdet=log_p.logdet / D,
@@ -853,12 +840,8 @@ class Farmer(nn.Module):
         Z = self.flow.flipped(states[-1])
         Z_I, Z_R = Z.split([self.config.informative_dim, self.config.redundant_dim], -1)
         p_I, p_R = self.prior(Z_I, labels)
-        informative = p_I.log_prob(Z_I)
-        redundant = torch.zeros_like(informative)
-        if p_R is not None:
-            redundant = p_R.shared_log_prob(Z_R)
-        informative = self.flow.flipped(informative)
-        redundant = self.flow.flipped(redundant)
+        informative = self.flow.flipped(p_I.log_prob(Z_I))
+        redundant = self.flow.flipped(p_R.shared_log_prob(Z_R))
         return LogProb(informative + redundant + logdet, informative, redundant, logdet)
 
     @torch.no_grad()
@@ -1005,7 +988,7 @@ Model = Farmer  # what the scripts look for in a model's file
 
 
 # ----------------------------------------------------------------------------- configuration
-def setting(default, help: str, least: float | None = None, below: float = math.inf,
+def setting(default, help: str, least: float = -math.inf, below: float = math.inf,
             choices: tuple = ()):
     """A field of a configuration: its default, its help text and the values that it accepts.
 
@@ -1021,6 +1004,7 @@ def check_settings(config) -> None:
     Raises a ValueError that names the first wrong one. Numbers of NumPy become Python's, and an
     integer where a float belongs becomes a float, so that a checkpoint can hold them.
     """
+    kinds = {bool: "True or False", str: "text", int: "an integer", float: "a finite number"}
     for f in dataclasses.fields(config):
         if "choices" not in f.metadata:  # not made by `setting`
             continue
@@ -1032,21 +1016,27 @@ def check_settings(config) -> None:
             value = float(value)
         object.__setattr__(config, f.name, value)  # the dataclass is frozen
         least, below, choices = (f.metadata[name] for name in ("least", "below", "choices"))
-        expected = {bool: "True or False", str: "text"}.get(kind)
         fits = type(value) is kind
+        expected = kinds[kind]
         if choices:
-            expected = " or ".join(str(choice) for choice in choices)
             fits = fits and value in choices
+            expected = " or ".join(str(choice) for choice in choices)
         elif kind in (int, float):
-            expected = "an integer" if kind is int else "a finite number"
-            if least is not None:
-                expected += f" of at least {least}"
-            if below < math.inf:
-                expected += f" and below {below}"
-            lowest = -math.inf if least is None else least
-            fits = fits and math.isfinite(value) and lowest <= value < below
+            fits = fits and math.isfinite(value) and least <= value < below
+        if least > -math.inf:
+            expected += f" of at least {least}"
+        if below < math.inf:
+            expected += f" and below {below}"
         if not fits:
             raise ValueError(f"{f.name}: got {value!r}, expected {expected}")
+
+
+def check_multiple(config, name: str, of: str) -> None:
+    """Raises a ValueError unless the field `name` is a multiple of the field `of`."""
+    value = getattr(config, name)
+    unit = getattr(config, of)
+    if value % unit:
+        raise ValueError(f"{name}: got {value}, expected a multiple of {of} {unit}")
 
 
 @dataclass(frozen=True)
@@ -1119,14 +1109,9 @@ class Config:
 
     def __post_init__(self):
         check_settings(self)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of "
-                             f"patch_size {self.patch_size}")
-        for name in ("flow_width", "ar_width"):
-            width = getattr(self, name)
-            if width % self.head_dim:
-                raise ValueError(f"{name}: got {width}, expected a multiple of head_dim "
-                                 f"{self.head_dim}")
+        check_multiple(self, "image_size", of="patch_size")
+        check_multiple(self, "flow_width", of="head_dim")
+        check_multiple(self, "ar_width", of="head_dim")
         if self.informative_dim > self.token_dim:
             raise ValueError(f"informative_dim: got {self.informative_dim}, expected 1 to "
                              f"token_dim = {self.token_dim}")

@@ -88,7 +88,7 @@ def walk(model, x, labels, names):
     show("Z_I, informative part", "Eq. 14", Z_I, "The first channels are to carry the image.")
     show("means of their mixtures", "Eq. 11", p_I.mu, "The AR Transformer predicts each token from "
          f"the class and those before: log p {log_p.informative[0] / D:+.3f} nats/dim.")
-    if p_R is not None:
+    if c.redundant_dim:
         show("Z_R, redundant part", "Eq. 14", Z_R, "The other channels are to hold only noise.")
         show("means of their mixture", "Eq. 11", p_R.mu, "All tokens share it: log p "
              f"{log_p.redundant[0] / D:+.3f} nats/dim.")
@@ -110,7 +110,7 @@ def walk(model, x, labels, names):
              f"The largest error is {(back - x)[0].abs().max():.1g}.")
         stages[inverse] = back[0]
     rows = {"blocks": stages, "unlikely": unlikely, "guidance": {}}
-    if p_R is not None:
+    if c.redundant_dim:
         mixed = torch.cat([Z_I, Z_R.flip(0)], -1)
         mixed = model.decode(mixed, replace(c.sampling, inverse="exact"), labels)
         rows["split"] = {"A": x[0], "B": x[1], "A, Z^R of B": mixed[0], "A, Z^I of B": mixed[1]}
