@@ -92,7 +92,7 @@ class Noise(NamedTuple):
 
     def token(self, i: int) -> Noise:
         """The random numbers of token i; the second axis counts tokens."""
-        return Noise(self.u[:, i], self.eps[:, i], self.pick[:, i])
+        return Noise(*(part[:, i] for part in self))
 
 
 def new_noise(B: int, candidates: tuple, d: int, picks: tuple, generators: Generators,
@@ -302,7 +302,11 @@ class Layer(nn.Module):
             causal = False
         read = attention(q, k, v, causal)
         h = h + self.out(read.transpose(1, 2).reshape(B, T, W))
-        return h + self.down(F.gelu(self.up(self.norm_mlp(h))))
+        return h + self.mlp(self.norm_mlp(h))
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """h (B, T, W) -> (B, T, W), for each token by itself."""
+        return self.down(F.gelu(self.up(h)))
 
 
 class Transformer(nn.Module):

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from farmer import (
     Generators,
     attention,
+    check_multiple,
     check_settings,
     full_precision,
     patchify,
@@ -59,7 +60,6 @@ class Sampling:
     sampler: str = setting(
         "ode", "Euler steps of the ODE or Euler-Maruyama steps of the SDE", choices=("ode", "sde"))
     steps: int = setting(50, "network calls per image; with guidance on a doubled batch", 2)
-    carry_state: bool = setting(True, "pass the state from each step to the next")
 
     def __post_init__(self):
         check_settings(self)
@@ -83,19 +83,13 @@ class Config:
 
     def __post_init__(self):
         check_settings(self)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of "
-                             f"patch_size {self.patch_size}")
-        if self.width % self.head_dim or self.width % 4:
-            raise ValueError(f"width: got {self.width}, expected a multiple of head_dim "
-                             f"{self.head_dim} and of 4")
+        check_multiple(self, "image_size", of="patch_size")
+        check_multiple(self, "width", of="head_dim")
+        if self.width % 4:
+            raise ValueError(f"width: got {self.width}, expected a multiple of 4")
         if self.attention == "sit" and self.images_per_item > 1:
             raise ValueError(f"images_per_item: got {self.images_per_item}, expected 1, as SiT "
                              "has no state")
-        if self.num_classes == 0 and self.sampling.guidance > 0:
-            # Without classes there is nothing to guide towards.
-            unguided = dataclasses.replace(self.sampling, guidance=0.0)
-            object.__setattr__(self, "sampling", unguided)
 
 
 # ----------------------------------------------------------------------------- items
@@ -394,8 +388,6 @@ class Model(nn.Module):
         labels = labels.unsqueeze(1)  # an item is one image
 
         def velocity(x: Tensor, t: float, state: State | None) -> tuple[Tensor, State]:
-            if not options.carry_state:
-                state = None
             if w > 0:
                 x = torch.cat([x, x])
             v, state = self.velocity(x.unsqueeze(1), x.new_full(labels.shape, t), labels, state)

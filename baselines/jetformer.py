@@ -58,7 +58,8 @@ class Config(farmer.Config):
         choices=("jetformer", "farmer"))
     ar_head_dim: int = setting(64, "channels of an attention head in JetFormer's prior", 2)
     latent_noise: float = setting(0.3, "largest std of the noise on Z_I in training", 0)
-    dropout: float = setting(0.1, "fraction of an AR layer's outputs set to 0 in training", 0)
+    dropout: float = setting(
+        0.1, "fraction of an AR layer's outputs set to 0 in training", 0, below=1)
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
@@ -72,8 +73,6 @@ class Config(farmer.Config):
             if self.ar_head_dim % 2 or self.ar_width % self.ar_head_dim:
                 raise ValueError(f"ar_head_dim: got {self.ar_head_dim}, expected an even divisor "
                                  f"of ar_width {self.ar_width}")
-            if self.dropout >= 1:
-                raise ValueError(f"dropout: got {self.dropout}, expected less than 1")
         for name in unread:
             value = getattr(self, name)
             if value != getattr(Config, name):
@@ -98,12 +97,10 @@ class JetLayer(farmer.Layer):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (B, N, W) -> (B, N, W)."""
-        B, N, W = h.shape
-        qkv = self.qkv(self.norm_attention(h)).view(B, N, 3, W // self.head_dim, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
-        read = attention(q, k, v, causal=False)
-        h = h + self.out(read.transpose(1, 2).reshape(B, N, W))
-        return h + self.down(F.gelu(self.up(self.norm_mlp(h)), approximate="tanh"))
+        return super().forward(h, causal=False)
+
+    def mlp(self, h: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(h), approximate="tanh"))
 
 
 class Coupling(nn.Module):
@@ -244,14 +241,8 @@ class Head(farmer.MixtureHead):
         nn.init.zeros_(self.linear.weight)
         nn.init.normal_(self.linear.bias[K:K + K * d], std=0.02)  # equal means would stay equal
 
-    def forward(self, h: Tensor) -> GMM:
-        K = self.K
-        d = self.d
-        with full_precision(h):
-            output = self.linear(h.to(self.linear.weight.dtype))
-            logits, mu, r = output.split([K, K * d, K * d], -1)
-            log_sigma = torch.asinh(r / 2).clamp(min=math.log(1e-6))  # log squareplus(r)
-            return GMM(logits, mu.unflatten(-1, (K, d)), log_sigma.unflatten(-1, (K, d)))
+    def log_sigma(self, raw: Tensor) -> Tensor:
+        return torch.asinh(raw / 2).clamp(min=math.log(1e-6))  # log squareplus(r)
 
 
 class Prior(farmer.Prior):
@@ -294,7 +285,7 @@ class Prior(farmer.Prior):
         return self.class_pos.new_zeros(self.N, 1)
 
     def forward(self, Z_I: Tensor, labels: Tensor,
-                generators: Generators = None) -> tuple[GMM, GMM | None]:
+                generators: Generators = None) -> tuple[GMM, GMM]:
         """Z_I (B, N, d_I), labels (B,) -> the mixtures of Z_I (B, N, K, ...) and that of Z_R.
 
         With generators, as in training, there is dropout on the outputs of the layers.
@@ -306,7 +297,7 @@ class Prior(farmer.Prior):
             u = random(torch.rand, len(h), shape, generators, h)
             keep = (u >= self.dropout).to(h.dtype) / (1 - self.dropout)
         h = self.transformer(h, keep=keep)[:, self.M - 1:]  # (B, N, W)
-        return self.informative(h), self.shared(h[:, -1]) if self.d_R else None
+        return self.informative(h), self.shared(h[:, -1])
 
 
 # ----------------------------------------------------------------------------- the model
@@ -339,9 +330,7 @@ class Model(Farmer):
         p_I, p_R = self.prior(Z_I, labels, generators)
         D = x[0].numel()
         informative = -p_I.log_prob(Z_I).sum(1) / D
-        redundant = torch.zeros_like(informative)
-        if p_R is not None:
-            redundant = -p_R.shared_log_prob(Z_R).sum(1) / D
+        redundant = -p_R.shared_log_prob(Z_R).sum(1) / D
         logdet = logdet / D
         loss = informative + redundant - logdet
         return dict(

@@ -28,6 +28,7 @@ from farmer import (
     Farmer,
     Generators,
     KVCache,
+    check_multiple,
     check_settings,
     full_precision,
     random,
@@ -66,25 +67,13 @@ class Config:
     flow_width: int = setting(768, "W, Transformer width", 1)
     head_dim: int = setting(64, "channels of an attention head; divides the width", 1)
     sampling: Sampling = Sampling()
+    num_tokens = farmer.Config.num_tokens
+    token_dim = farmer.Config.token_dim
 
     def __post_init__(self):
         check_settings(self)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of "
-                             f"patch_size {self.patch_size}")
-        if self.flow_width % self.head_dim:
-            raise ValueError(f"flow_width: got {self.flow_width}, expected a multiple of "
-                             f"head_dim {self.head_dim}")
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of tokens."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def token_dim(self) -> int:
-        """d, the channels of a token."""
-        return self.channels * self.patch_size**2
+        check_multiple(self, "image_size", of="patch_size")
+        check_multiple(self, "flow_width", of="head_dim")
 
 
 # ----------------------------------------------------------------------------- the flow
@@ -238,9 +227,10 @@ class Model(nn.Module):
     Labels are (B,) int64 with num_classes as the null label.
     """
 
-    # As in FARMER: the list of layers, images (B, C, H, W) -> X (B, N, d) and back, and
-    # x + sigma^2 grad log p(x|c).
+    # As in FARMER: the list of layers, the check of labels, images (B, C, H, W) -> X (B, N, d) and
+    # back, and x + sigma^2 grad log p(x|c).
     layers = Farmer.layers
+    check_labels = Farmer.check_labels
     patches = Farmer.patches
     images = Farmer.images
     denoise = Farmer.denoise
@@ -292,23 +282,6 @@ class Model(nn.Module):
         if options.denoise > 0:
             images = self.denoise(images, labels, options.denoise)
         return images
-
-    def check_labels(self, labels: Tensor | None, B: int) -> Tensor:
-        """Checks labels (B,) and puts them on the model's device.
-
-        All are null if labels is None or the model has no classes.
-        """
-        device = self.flow.blocks[0].pos.device
-        null = self.config.num_classes
-        if labels is None or null == 0:
-            return torch.full((B,), null, device=device)
-        wrong = labels.shape != (B,)
-        if not wrong and not labels.is_cuda:  # reading the values would make a GPU wait
-            wrong = bool(((labels < 0) | (labels > null)).any())
-        if wrong:
-            raise ValueError(f"labels: got {str(labels.tolist())[:40]}, expected {B} integers "
-                             f"from 0 to {null} (null)")
-        return labels.to(device)
 
 
 # ----------------------------------------------------------------------------- presets

@@ -3,12 +3,14 @@
 - ARFlow's attention is a plain reference's, SiT's is torch's; the velocity depends on place, time
   and class
 - the images of an item at once are the same one by one with the state; none sees a later one
-- the loss is that of the velocity at sorted times; labels are dropped item by item; every
-  parameter gets a gradient; a sample depends on its own generators alone
+- the loss is that of the velocity at sorted times; labels are dropped item by item; an image
+  depends on its own generators alone
 - an epoch consists of items of one class; every image comes, all epochs have the same length
 - samplers agree with closed forms, call the network once a step and pass the state on; guidance
   keeps two states, as computed by hand
 - the presets have the papers' sizes; a bad setting or batch is a ValueError that names it
+
+examples/test_examples.py runs examples/check.py on it: gradients, saving, labels.
 """
 import dataclasses
 import math
@@ -122,8 +124,6 @@ def test_images_at_once_equal_one_by_one_with_the_state():
         assert (difference[:s] == 0).all() and (difference[s:] > 1e-6).all()
     torch.testing.assert_close(state, last)
     assert [M.shape for M in state] == [(2, 4, 8, 8)] * 2
-    for config in (SINGLE, SIT):
-        assert randomised(config).velocity(*two_items(1))[1] == [None, None]
 
 
 @CONFIGS
@@ -150,27 +150,19 @@ def test_the_loss_is_that_of_sorted_times_with_labels_dropped_item_by_item(confi
         torch.testing.assert_close(loss[item], error.square().mean((1, 2, 3)))
 
 
-@CONFIGS
-def test_every_parameter_gets_a_gradient(config):
-    model = randomised(config).requires_grad_(True)
-    x = torch.randn(8, 3, 8, 8, dtype=torch.float64)
-    model(x, torch.ones(8, dtype=torch.long), generators(range(8)))["loss"].mean().backward()
-    assert all(p.grad.any() for p in model.parameters())
-
-
 def test_an_epoch_consists_of_items_of_one_class():
     labels = torch.tensor([0] * 92 + [1] * 51 + [2] * 57)  # none a multiple of 5
-    epochs = []
-    for seed in (0, 1, 1):
-        places = arflow.epoch_order(labels, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        places = arflow.epoch_order(labels, generator)
         assert places.unique().tolist() == list(range(200))
         assert len(places) == 95 + 55 + 60
         for item in places.view(-1, 5):
             assert len(item.unique()) == 5 and len(labels[item].unique()) == 1
-        epochs.append(places)
-    assert not torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[1], epochs[2])
-    first = labels[epochs[0].view(-1, 5)[:, 0]]
+    first = labels[places.view(-1, 5)[:, 0]]
     assert not torch.equal(first, first.sort().values)  # classes are mixed
+    places = places[labels[places] == 0]
+    assert not torch.equal(places, places.sort().values)  # and so are the images of a class
     with pytest.raises(ValueError, match="class 7: got 4 images"):
         arflow.epoch_order(torch.tensor([2] * 5 + [7] * 4), torch.Generator())
     items = Model(SMALL).epoch_order(labels, torch.Generator()).view(-1, 4)
@@ -196,14 +188,13 @@ class KnownVelocity:
 def test_the_ode_sampler_follows_a_known_flow_with_an_error_of_first_order():
     x = torch.randn(100, 1, dtype=torch.float64)
     errors = []
-    for steps in (50, 100, 200):
+    for steps in (50, 100):
         velocity = KnownVelocity()
         made = arflow.euler(velocity, x, steps)
         assert velocity.times == [i / steps for i in range(steps)]
         errors.append((made - (0.4 + 0.3 * x)).abs().max().item())
     assert errors[0] < 0.05
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.2)
-    assert errors[1] / errors[2] == pytest.approx(2, abs=0.1)
 
 
 def test_the_sde_sampler_has_the_moments_of_a_known_gaussian():
@@ -211,18 +202,9 @@ def test_the_sde_sampler_has_the_moments_of_a_known_gaussian():
     velocity = KnownVelocity()
     made = arflow.euler_maruyama(velocity, x, 50, torch.Generator().manual_seed(1))
     assert velocity.times == pytest.approx([i * 0.96 / 49 for i in range(50)])
-    mean = 0.0
-    variance = 1.0
-    for i, t in enumerate(velocity.times):  # each step is affine in x
-        dt = 0.96 / 49 if i < 49 else 0.04
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        at_0, at_1 = (ends + ((1 + t) * KnownVelocity()(ends, t, 0)[0] - ends) * dt).tolist()
-        mean = at_0 + (at_1 - at_0) * mean
-        variance = (at_1 - at_0) ** 2 * variance + (2 * (1 - t) * dt if i < 49 else 0)
-    assert made.mean().item() == pytest.approx(mean, abs=0.005)
-    assert made.std().item() == pytest.approx(variance**0.5, rel=0.01)
-    assert (mean, variance**0.5) == pytest.approx((0.4, 0.3), rel=0.03)
-    made = arflow.euler_maruyama(KnownVelocity(), x, 2, torch.Generator().manual_seed(1))
+    assert (made.mean().item(), made.std().item()) == pytest.approx((0.4, 0.3), abs=0.02)
+    velocity = KnownVelocity()
+    made = arflow.euler_maruyama(velocity, x, 2, torch.Generator().manual_seed(1))
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     x = x + 0.96 * (0.4 - 2 * x) + math.sqrt(2 * 0.96) * eps  # v = 0.4 - x at t = 0
     velocity.times.clear()
@@ -244,19 +226,18 @@ def test_the_halves_of_guidance_keep_their_own_states():
         return model.sample(labels, Sampling(steps=6, **options), torch.Generator().manual_seed(1))
 
     torch.testing.assert_close(made(guidance=1.5), x, rtol=1e-4, atol=1e-4)
-    for other in (dict(), dict(guidance=1.5, carry_state=False), dict(guidance=1.5, sampler="sde")):
+    for other in (dict(), dict(guidance=1.5, sampler="sde")):
         assert (made(**other) - x).abs().max() > 0.01
 
 
 @CONFIGS
 def test_an_image_does_not_depend_on_its_batch(config):
-    model = randomised(config, torch.float32)
-    labels = torch.arange(4)
-    for options in (Sampling(steps=5), Sampling(guidance=1.0, sampler="sde", steps=5)):
-        together = model.sample(labels, options, generators(range(4)))
-        assert together.shape == (4, 3, 8, 8) and together.dtype == torch.float32
-        alone = model.sample(labels[3:], options, generators([3]))
-        torch.testing.assert_close(alone[0], together[3], rtol=1e-3, atol=1e-3)
+    model = randomised(config)
+    options = Sampling(guidance=1.0, sampler="sde", steps=5)
+    together = model.sample(torch.arange(4), options, generators(range(4)))
+    assert together.shape == (4, 3, 8, 8) and together.dtype == torch.float32
+    alone = model.sample(torch.tensor([3]), options, generators([3]))
+    torch.testing.assert_close(alone[0], together[3])
 
 
 def test_presets_have_the_papers_sizes():
@@ -274,19 +255,14 @@ def test_presets_have_the_papers_sizes():
 
 
 def test_a_bad_setting_or_batch_is_named():
-    for field, value in (("image_size", 15), ("width", 100), ("attention", "mamba"),
-                         ("images_per_item", 0), ("layers", 1.5), ("item_drop", -0.1)):
+    for field, value in (("image_size", 15), ("width", 104), ("width", 30), ("item_drop", -0.1)):
         with pytest.raises(ValueError, match=field):
-            dataclasses.replace(Config(), **{field: value})
+            Config(**{"head_dim": 10, field: value})
     with pytest.raises(ValueError, match="images_per_item.*SiT"):
         Config(attention="sit")
-    for field, value in (("guidance", math.nan), ("steps", 1), ("sampler", "heun")):
-        with pytest.raises(ValueError, match=field):
-            Sampling(**{field: value})
     labels = torch.zeros(6, dtype=torch.long)
     with pytest.raises(ValueError, match="batch_size: got 6"):
         Model(SMALL)(torch.zeros(6, 3, 8, 8), labels, generators(range(6)))
-    unconditional = Config(num_classes=0, width=32, sampling=Sampling(guidance=2.0))
-    assert unconditional.sampling.guidance == 0
+    unconditional = Config(num_classes=0, width=32)
     with pytest.raises(ValueError, match="guidance"):
         Model(unconditional).sample(labels, Sampling(guidance=1.0))

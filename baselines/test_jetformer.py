@@ -1,14 +1,14 @@
 """Claims about baselines/jetformer.py, on randomised weights, as Jet starts at the identity:
 
-- the inverse is exact, the log-determinant is autograd's, the density integrates to one, and the
-  couplings are Jet's
-- the AR is causal, and the same with a cache; class tokens, rotary positions and the head are
-  JetFormer's
+- the inverse is exact, the log-determinant is autograd's, the couplings are Jet's
+- the AR is the same with a cache; class tokens, rotary positions and the head are JetFormer's
 - noise and dropout of training come from the images' generators, in the size that they say
-- guidance in closed form follows its target; an image depends on its own generator alone; Z_R is
-  N(0, I)
+- guided samples decode exactly, Z_R is N(0, I)
 - the presets have the papers' sizes, and `table4` is FARMER on Jet; a bad setting is a ValueError
   that names it
+
+Its guidance is tested in test_farmer.py. examples/test_examples.py runs examples/check.py on it:
+gradients, saving, labels, batches.
 """
 import math
 
@@ -47,19 +47,17 @@ def generators(B, seed=0):
     return [torch.Generator().manual_seed(100 * seed + i) for i in range(B)]
 
 
-def test_the_inverse_is_exact_and_the_determinant_is_autograds():
-    model = small(channels=1, image_size=4, patch_size=2, informative_dim=3, whiten=True)
+def test_the_flow_is_exact_and_its_determinant_never_in_bfloat16():
+    model = small(torch.float32, whiten=True)
     model.fit(images(model, 50))
     X = model.patches(images(model))
     Z, logdet = model.flow(X)
     assert (Z - X).abs().max() > 0.1
-    assert (model.flow.inverse(Z) - X).abs().max() < 1e-9
-    for x, expected in zip(X, logdet, strict=True):
-        J = torch.autograd.functional.jacobian(lambda x: model.flow(x[None])[0][0], x)
-        assert abs(torch.linalg.slogdet(J.view(16, 16))[1] - expected) < 1e-9
+    assert (model.flow.inverse(Z) - X).abs().max() < 1e-4
+    J = torch.autograd.functional.jacobian(lambda x: model.flow(x)[0], X[:1])
+    assert torch.linalg.slogdet(J.view(192, 192))[1].item() == pytest.approx(logdet[0].item())
     with torch.autocast("cpu", torch.bfloat16):
-        Z, logdet = model.float().flow(X.float())
-    assert Z.dtype == logdet.dtype == torch.float32
+        assert model.flow(X)[1].dtype == torch.float32
 
 
 def test_a_coupling_shifts_half_of_the_channels_before_a_bounded_scale():
@@ -93,21 +91,6 @@ def test_a_layer_of_jet_is_torchs():
     torch.testing.assert_close(layer(h), plain(h))
 
 
-def test_the_density_of_two_pixels_integrates_to_one():
-    class TwoPixels(Config):
-        token_dim = 2
-
-    fields = dict(image_size=1, patch_size=1, channels=1, informative_dim=1, flow_blocks=2)
-    model = randomised(TwoPixels(**SMALL | fields))
-    model.patches = lambda images: images.view(-1, 1, 2)
-    axis = torch.linspace(-6, 6, 91, dtype=torch.float64)
-    grid = torch.cartesian_prod(axis, axis)
-    with torch.no_grad():
-        log_p = model.log_prob(grid, torch.ones(len(grid), dtype=torch.long))
-    assert log_p.logdet.std() > 0.1
-    assert abs(log_p.total.exp().sum() * (axis[1] - axis[0]) ** 2 - 1) < 1e-3
-
-
 def test_the_loss_has_noise_and_dropout_from_the_images_generators():
     quiet = small(latent_noise=0.0, dropout=0.0)
     x = images(quiet)
@@ -117,8 +100,6 @@ def test_the_loss_has_noise_and_dropout_from_the_images_generators():
         parts["loss"], parts["informative"] + parts["redundant"] - parts["logdet"])
     model = small()
     noisy = model(x, LABELS, generators(3))["loss"]
-    noisy.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
     alone = model(x[2:], LABELS[2:], generators(3)[2:])["loss"]
     torch.testing.assert_close(alone[0], noisy[2])
     assert not torch.allclose(model(x, LABELS, generators(3, seed=1))["loss"], noisy)
@@ -138,15 +119,10 @@ def test_noise_and_dropout_are_of_the_size_that_they_say():
     assert abs(seen["keep"].mean() - 1) < 0.02
 
 
-def test_the_ar_is_causal_and_the_same_with_a_cache():
+def test_the_ar_is_the_same_with_a_cache():
     prior = small().prior
     Z_I = torch.randn(3, 4, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mu = prior(Z_I, LABELS)[0].mu
-    for i in range(4):
-        other = Z_I.clone()
-        other[:, i] += 1
-        changed = (prior(other, LABELS)[0].mu - mu).abs().amax((0, 2, 3)) > 1e-9
-        assert changed.tolist() == [j > i for j in range(4)]
     cache = prior.transformer.new_cache(8)
     h = prior.transformer(prior.class_tokens(LABELS), cache)[:, -1]
     for i in range(4):
@@ -180,44 +156,16 @@ def test_class_tokens_rotary_positions_and_head_are_jetformers():
     torch.testing.assert_close(sigma, (r + (r**2 + 4).sqrt()) / 2)
 
 
-@pytest.mark.parametrize("mu_u, sigma_u, w", [(-0.5, 1.2, 1.0), (0.3, 0.9, 3.0), (0.2, 0.4, 1.0)])
-def test_guidance_in_closed_form_follows_its_target(mu_u, sigma_u, w):
-    """N(mu_c, sigma_c)^{1+w} N(mu_u, sigma_u)^{-w} of the component that pi_c chooses; in the last
-    case that is no law, and the draw stays at N(mu_c, sigma_c).
-    """
-    n = 3000
-    mu_c = 0.2
-    sigma_c = 0.7
-    target = torch.distributions.Normal(mu_c, sigma_c)
-    precision = (1 + w) / sigma_c**2 - w / sigma_u**2
-    if precision > 0:
-        mean = ((1 + w) * mu_c / sigma_c**2 - w * mu_u / sigma_u**2) / precision
-        target = torch.distributions.Normal(mean, precision**-0.5)
-    mu = torch.tensor([mu_c, 50.0, mu_u, -50.0]).view(2, 2, 1)  # the second component is far away
-    sigma = torch.tensor([sigma_c, 1.0, sigma_u, 1.0]).view(2, 2, 1) / 0.8
-    logits = torch.tensor([[30.0, 0.0], [0.0, 30.0]])  # pi_u, which prefers it, is not used
-    p = farmer.GMM(*(part.repeat_interleave(n, 0) for part in (logits, mu, sigma.log())))
-    noise = farmer.new_noise(n, (1, 1), 1, (1, 1), torch.Generator().manual_seed(0), mu)
-    x = small().prior.draw(p, Sampling(guidance=w, T_sigma=0.8), noise.token(0))
-    cdf = target.cdf(x.flatten().sort().values)
-    distance = (cdf - (torch.arange(n) + 0.5) / n).abs().max()  # Kolmogorov and Smirnov's
-    assert n**0.5 * distance < 1.63  # in 99 of 100 cases
-
-
-@pytest.mark.parametrize("method", ["naive", "resample"])
-def test_guided_samples_decode_exactly_and_do_not_depend_on_their_batch(method):
+def test_guided_samples_decode_exactly_and_the_redundant_part_is_normal():
     model = small()
-    options = Sampling(guidance=2.0, guidance_method=method)
+    options = Sampling(guidance=2.0)
     Z = model.sample_latents(LABELS, options, generators(3))
-    alone = model.sample_latents(LABELS[2:], options, generators(3)[2:])
-    torch.testing.assert_close(alone[0], Z[2])
-    assert not torch.allclose(model.sample_latents(LABELS, Sampling(), generators(3)), Z)
     made = model.sample(LABELS, options, generators(3))
     torch.testing.assert_close(model.flow(model.patches(made))[0], Z)
-    null = torch.full((3,), 3)
-    assert not torch.allclose(model.sample_latents(null, options, generators(3)), Z)
+    for other in (torch.full((3,), 3), Sampling()), (LABELS, Sampling()):
+        assert not torch.allclose(model.sample_latents(*other, generators(3)), Z)
     many = model.sample_latents(torch.zeros(50, dtype=torch.long), options)[..., 20:]
-    assert abs(many.mean()) < 0.06 and abs(many.std() - 1) < 0.06  # Z_R
+    assert abs(many.mean()) < 0.06 and abs(many.std() - 1) < 0.06
 
 
 def test_presets_have_the_papers_sizes_and_table4_is_farmer_on_jet():
@@ -239,12 +187,7 @@ def test_presets_have_the_papers_sizes_and_table4_is_farmer_on_jet():
     x = images(model)
     torch.testing.assert_close(
         model(x, LABELS)["loss"], -model.log_prob(x, LABELS).total / 192)
-    for method in ("resample", "naive"):
-        options = Sampling(guidance=1.0, guidance_method=method)
-        assert model.sample(LABELS, options, generators(3)).isfinite().all()
-    copy = Model(model.config).double()
-    copy.load_state_dict(model.state_dict())  # with the orders of the channels
-    assert torch.equal(copy.log_prob(x).total, model.log_prob(x).total)
+    assert model.sample(LABELS, Sampling(guidance=1.0), generators(3)).isfinite().all()
 
 
 def test_a_bad_setting_is_named():

@@ -3,20 +3,20 @@ nothing:
 
 - the inverse is exact, the log-determinant is autograd's, and the density integrates to one
 - the model is the authors': blocks, null class, where it starts, loss, sizes of the presets
-- every parameter gets a gradient in every call
 - sampling with a cache, guidance, its annealing and its temperature are as computed by hand with
   full passes; denoising is sigma^2 times the gradient of the likelihood
-- an image depends on its own generator alone, and not on an image beside it that overflows
-- a bad setting, label or image is a ValueError that names it
+- an image does not depend on one beside it that overflows
+- a bad setting is a ValueError that names it
+
+examples/test_examples.py runs examples/check.py on it: gradients, saving, labels, batches.
 """
 import copy
 import dataclasses
-import math
 
 import pytest
 import torch
 
-from baselines.tarflow import PRESETS, TRAINING, Config, Flow, Model, Sampling
+from baselines.tarflow import PRESETS, TRAINING, Config, Model, Sampling
 from farmer import patchify
 
 SMALL = Config(
@@ -47,15 +47,11 @@ def generators(seeds):
 def test_the_inverse_is_exact_and_the_log_determinant_is_autograds():
     flow = randomised(Model(GREY)).flow
     X = normal(3, 4, 4)
-    labels = LABELS[:3]
-    Z, logdet = flow(X, labels)
-    assert (Z - X).abs().mean() > 0.1 and logdet.abs().min() > 0.01
-    assert (flow.inverse(Z, labels) - X).abs().max() < 1e-9
-    assert (flow.inverse(flow(X)[0], torch.full((3,), 2)) - X).abs().max() < 1e-9  # None: null
-    for i in range(3):
-        one = slice(i, i + 1)
-        J = torch.autograd.functional.jacobian(lambda x: flow(x, labels[one])[0], X[one])  # noqa
-        assert abs(torch.linalg.slogdet(J.view(16, 16)).logabsdet - logdet[i]) < 1e-9
+    Z, logdet = flow(X, LABELS[:3])
+    assert (Z - X).abs().mean() > 0.1
+    assert (flow.inverse(Z, LABELS[:3]) - X).abs().max() < 1e-9
+    J = torch.autograd.functional.jacobian(lambda x: flow(x, LABELS[1:2])[0], X[1:2])
+    assert abs(torch.linalg.slogdet(J.view(16, 16)).logabsdet - logdet[1]) < 1e-9
 
 
 def test_a_density_in_two_dimensions_integrates_to_one():
@@ -63,13 +59,12 @@ def test_a_density_in_two_dimensions_integrates_to_one():
         num_tokens = 2
         token_dim = 1
 
-    flow = randomised(Flow(TwoNumbers(**vars(GREY))))
-    axis = torch.linspace(-12, 12, 241, dtype=torch.float64)
+    model = randomised(Model(TwoNumbers(**vars(GREY))))
+    model.patches = lambda images: images
+    axis = torch.linspace(-12, 12, 121, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis).unsqueeze(-1)
-    Z, logdet = flow(grid, torch.ones(len(grid), dtype=torch.long))
-    density = torch.exp(-0.5 * (Z.square() + math.log(2 * math.pi)).sum((1, 2)) + logdet)
-    assert abs(density.sum() * 0.1**2 - 1) < 1e-6
-    assert logdet.std() > 0.01
+    density = model.log_prob(grid, torch.ones(len(grid), dtype=torch.long)).total.exp()
+    assert abs(density.sum() * 0.2**2 - 1) < 1e-5
 
 
 def test_log_prob_is_the_gaussian_of_z_and_the_loss_is_the_authors():
@@ -84,10 +79,6 @@ def test_log_prob_is_the_gaussian_of_z_and_the_loss_is_the_authors():
     torch.testing.assert_close(out["loss"], 0.5 * Z.square().mean((1, 2)) - logdet / 192)
     torch.testing.assert_close(out["nats_per_dim"], -log_p.total / 192)
     torch.testing.assert_close(out["logdet"], logdet / 192)
-    for labels in (LABELS, torch.full((4,), 3)):
-        model.zero_grad()
-        model(x, labels, None)["loss"].mean().backward()
-        assert all(p.grad.any() for p in model.parameters())
 
 
 def test_blocks_are_as_the_authors_have_them():
@@ -149,17 +140,14 @@ def test_cached_and_guided_sampling_is_the_same_by_full_passes(options):
         assert (made - flow.inverse(Z, LABELS)).abs().max() > 1e-2
 
 
-def test_an_image_is_denoised_and_does_not_depend_on_its_batch():
+def test_an_image_is_denoised_and_does_not_depend_on_one_that_overflows():
     model = randomised(Model(SMALL))
-    options = Sampling(guidance=0.5, denoise=0.1)
-    together = model.sample(LABELS, options, generators(range(4)))
-    assert together.shape == (4, 3, 8, 8) and not together.requires_grad
-    noisy = model.sample(LABELS, Sampling(guidance=0.5), generators(range(4))).requires_grad_()
+    options = Sampling(guidance=0.5)
+    noisy = model.sample(LABELS, options, generators(range(4))).requires_grad_()
     (score,) = torch.autograd.grad(model.log_prob(noisy, LABELS).total.sum(), noisy)
-    torch.testing.assert_close(together, noisy.detach() + 0.1**2 * score)
-    for b in range(4):
-        alone = model.sample(LABELS[b:b + 1], options, generators([b]))
-        assert (alone[0] - together[b]).abs().max() < 1e-9
+    denoised = dataclasses.replace(options, denoise=0.1)
+    clean = model.sample(LABELS, denoised, generators(range(4)))
+    torch.testing.assert_close(clean, noisy.detach() + 0.1**2 * score)
     Z = normal(2, 4, 48)
     alone = model.flow.inverse(Z[1:], LABELS[1:2], options)
     Z[0] *= 1e300  # there is no bound on alpha
@@ -167,19 +155,14 @@ def test_an_image_is_denoised_and_does_not_depend_on_its_batch():
     assert not both[0].isfinite().all() and (both[1] - alone[0]).abs().max() < 1e-9
 
 
-def test_a_bad_setting_label_or_image_is_named():
-    for field, value in (("image_size", 9), ("channels", 2), ("flow_width", 12), ("head_dim", 0)):
+def test_a_bad_setting_is_named():
+    for field, value in (("image_size", 9), ("flow_width", 12)):
         with pytest.raises(ValueError, match=field):
             dataclasses.replace(SMALL, **{field: value})
-    for field, value in (("guidance", -1.0), ("temperature", 0.0), ("denoise", math.inf)):
-        with pytest.raises(ValueError, match=field):
-            Sampling(**{field: value})
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=0.0)
     model = Model(dataclasses.replace(SMALL, num_classes=0))
     labels = torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="images"):
-        model.log_prob(torch.zeros(1, 3, 8, 4))
-    with pytest.raises(ValueError, match="labels"):
-        Model(SMALL).log_prob(torch.zeros(1, 3, 8, 8), labels + 4)
     with pytest.raises(ValueError, match="guidance"):
         model.sample(labels, Sampling(guidance=1.0))
     assert model.sample(labels, Sampling(guidance=1.0, temperature=0.5)).shape == (1, 3, 8, 8)
