@@ -2,9 +2,8 @@
 flow is the identity and proves nothing.
 
 Flow (3.2, Eq. 8-10): inverse and determinant are exact with every switch and in any order of the
-    tokens; the density integrates to one; the prior is the same cached or not; blocks alternate
-    and, flipped, the prior reads against the last one; whitening whitens; bf16 attention is
-    attention, scales are never in bf16.
+    tokens; the density integrates to one; blocks alternate and, flipped, the prior reads against
+    the last one; whitening whitens; bf16 attention is attention, scales are never in bf16.
 Prior (Eq. 11-14): densities are torch's and draws follow them; log p has three parts, told by
     token, and the loss is their mean.
 Guidance (3.4, Eq. 15, Algorithm 1, Table 6): draws follow the guided density, and with all
@@ -553,7 +552,7 @@ class Centred(GMM):
 
 @pytest.mark.parametrize("d_I", [5, 12])
 def test_a_fork_assigns_the_mixture_and_naive_guidance_refuses_it(d_I):
-    """With a split and without."""
+    """Drawn token by token with a cache, they are the mixtures that the prior predicts at once."""
     model = randomised(small(informative_dim=d_I))
     for head in (model.prior.informative, model.prior.redundant):
         if head is not None:
