@@ -241,9 +241,7 @@ class ScriptFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """images (N, C, H, W) -> (N, D) float32. Raises UserError if the module cannot."""
         if not images.is_floating_point():
-            if self.channels == 1:
-                images = luminance(images)
-            images = images.float() / 127.5 - 1
+            images = as_floats(images, self.channels)
         advice = (f"its module was given {tuple(images.shape)} and must return (N, D) features; "
                   "a module for luminance needs an attribute channels = 1")
         with reading(self.path, advice):
@@ -256,10 +254,15 @@ class ScriptFeatures:
         return features.float()
 
 
-def luminance(images: Tensor) -> Tensor:
-    """RGB (N, 3, H, W) uint8 -> (N, 1, H, W) uint8, exactly as Pillow's convert("L") does it."""
-    r, g, b = images.int().split(1, 1)
-    return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).to(torch.uint8)
+def as_floats(images: Tensor, channels: int) -> Tensor:
+    """Images (N, C, H, W) uint8, C 1 or 3 -> (N, channels, H, W) float in [-1, 1].
+
+    Grey becomes RGB; RGB becomes luminance exactly as with Pillow's convert("L").
+    """
+    if channels == 1 and images.shape[1] == 3:
+        r, g, b = images.int().split(1, 1)
+        images = (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
+    return images.expand(-1, channels, -1, -1).float() / 127.5 - 1
 
 
 # ----------------------------------------------------------------------------- statistics
