@@ -12,6 +12,7 @@
 import hashlib
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -107,19 +108,18 @@ def test_images_sorted_by_class_are_shuffled_for_the_inception_score(monkeypatch
 
 
 def test_precision_and_recall_by_brute_force(monkeypatch):
-    r = np.random.RandomState(0)
-    a = r.randint(0, 6, (41, 3)).astype("float32")  # many ties
-    b = r.randint(3, 9, (29, 3)).astype("float32")
+    a = torch.randint(0, 6, (41, 3)).double()  # many ties
+    b = torch.randint(3, 9, (29, 3)).double()
 
     def share_inside(x, centres):
-        apart = ((centres[:, None] - centres) ** 2).sum(-1)
-        radii = np.sort(apart, 1)[:, 3]  # to the third neighbour; column 0 is the point itself
-        return (((x[:, None] - centres) ** 2).sum(-1) <= radii).any(1).mean()
+        exact = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+        radii = exact(centres, centres).kthvalue(4).values  # the first is the point itself
+        return (exact(x, centres) <= radii).any(1).double().mean().item()
 
     expected = share_inside(a, b), share_inside(b, a)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1
     monkeypatch.setattr(fid, "BLOCK", 8)
-    assert fid.precision_recall(torch.tensor(a), torch.tensor(b)) == expected
+    assert fid.precision_recall(a, b) == expected
     one = torch.rand(1, 2048).repeat(5, 1) + 1  # radius 0, yet a feature's last bit must not count
     assert fid.precision_recall(one.nextafter(one + 1), one) == (1.0, 1.0)
     assert fid.precision_recall(1.0001 * one, one) == (0.0, 0.0)
