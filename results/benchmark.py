@@ -58,14 +58,14 @@ GPU_FLAGS = "--preset farmer-1.1b-p16 --device cuda --rounds 3 --out gpu.jsonl".
 
 
 # ----------------------------------------------------------------------------- models
-def preset_of(name: str, preset: str | None):
-    """A preset of a model, or its first: its name and its config."""
+def config_of(name: str, preset: str):
+    """The config of a preset of a model, of its first one if that is ""."""
     module = model_file(name)
     preset = preset or first_preset(module)
     if preset not in module.PRESETS:
         raise UserError(f"{name} has no preset {preset!r}; expected one of "
                         f"{', '.join(module.PRESETS)}")
-    return preset, module.PRESETS[preset]
+    return module.PRESETS[preset]
 
 
 def new_models(args, config) -> dict[str, nn.Module]:
@@ -73,10 +73,11 @@ def new_models(args, config) -> dict[str, nn.Module]:
 
     In the other one's preset, all numbers that `config` has too are as there.
     """
-    models = {f"{args.model}:{args.preset}": new_model(args, args.model, config)}
+    label = f"{args.model}:{args.preset}".rstrip(":")
+    models = {label: new_model(args, args.model, config)}
     if args.against:
         name, _, preset = args.against.partition(":")
-        _, other = preset_of(name, preset)
+        other = config_of(name, preset)
         shared = {field: getattr(config, field) for field, value in vars(other).items()
                   if type(value) is int and hasattr(config, field)}
         models[args.against] = new_model(args, name, dataclasses.replace(other, **shared))
@@ -264,10 +265,10 @@ def parse(argv: list[str]):
     first = Parser(add_help=False)
     first.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME",
                        help="the model's file (default: farmer)")
-    first.add_argument("--preset", metavar="NAME",
+    first.add_argument("--preset", metavar="NAME", default="",
                        help="settings of the model (default: its first preset)")
     known, _ = first.parse_known_args(argv)
-    preset, config = preset_of(known.model, known.preset)
+    config = config_of(known.model, known.preset)
     parser = Parser(prog="benchmark.py", description=__doc__, parents=[first],
                     usage="python results/benchmark.py COMMAND [options]",
                     epilog="COMMAND --help shows the flags of sampling or of a training step too")
@@ -289,14 +290,14 @@ def parse(argv: list[str]):
                         help="time everything N times and show the medians (default: 5)")
     parser.add_argument("--out", metavar="FILE", help="also add each row to this file, as a line "
                         "of JSON, as soon as it is there")
-    parser.add_settings(f"model (defaults of the preset {preset})", config)
+    parser.add_settings("model (defaults of the preset)", config)
     if command == "sample":
         parser.add_argument("--no-student", dest="student", action="store_false",
                             help="sample with the exact inverse (default: with a student, if the "
                             "model can have one)")
         parser.add_argument("--graphs", action="store_true", help="also let a GPU replay the loops "
                             "over tokens, and compare what they give")
-        parser.add_settings(f"sampling (defaults of the preset {preset})", config.sampling)
+        parser.add_settings("sampling (defaults of the preset)", config.sampling)
     if command == "train":
         parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                             help="of matrix products; auto = bfloat16 where this machine is fast "
@@ -304,7 +305,6 @@ def parse(argv: list[str]):
         parser.add_argument("--checkpointing", action="store_true", help="recompute activations "
                             "instead of keeping them: less memory, slower")
     args = parser.parse_args(argv)
-    args.preset = preset
     args.device = pick_device(args.device)
     if args.out:
         args.out = check_writable("--out", args.out)
@@ -328,7 +328,7 @@ def show(rows: Iterable[dict], facts: dict, out: Path | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Prints the table that the command line asks for."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["gpu"] and "--help" not in argv:
+    if argv[:1] == ["gpu"]:
         gpu(argv[1:])
         return
     args, config = parse(argv)
