@@ -541,7 +541,7 @@ def test_a_curves_minutes_are_those_of_training(plots, tmp_path, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for *argv, words in (["curve", "folders of runs"], ["fig6", run, "folders of runs"],
                          ["curve", tmp_path, "log.jsonl"], ["fig6", "pip install matplotlib"],
-                         ["curve", run, "--field", "val_loss", "val_loss"]):
+                         ["curve", run, "--field", "val_loss", "it has none"]):
         fails(capsys, figures, [*argv, "--out", out], words)
 
 
