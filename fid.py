@@ -70,7 +70,7 @@ from support.distributed import agreeing, join, leave, pick_device, share
 from support.inception import (
     Inception,
     ScriptFeatures,
-    Source,
+    Side,
     Statistics,
     load_inception,
     measure,
@@ -128,22 +128,16 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[fl
     """
     samples = samples.double()
     reference = reference.double()
-    precision = share_inside(samples, reference, squared_radii(reference, k))
-    recall = share_inside(reference, samples, squared_radii(samples, k))
-    return precision, recall
+    return share_inside(samples, reference, k), share_inside(reference, samples, k)
 
 
-def squared_radii(x: Tensor, k: int) -> Tensor:
-    """x (N, D) -> (N,): each point's squared distance to its k-th nearest neighbour."""
-    radii = []
-    for rows in x.split(BLOCK):
-        nearest = squared_distances(rows, x).topk(k + 1, largest=False).values
+def share_inside(x: Tensor, centres: Tensor, k: int) -> float:
+    """The share of points x (N, D) in the manifold of `centres` (M, D)."""
+    radii = []  # squared
+    for rows in centres.split(BLOCK):
+        nearest = squared_distances(rows, centres).topk(k + 1, largest=False).values
         radii.append(nearest[:, k])  # column 0 is the point itself, at distance 0
-    return torch.cat(radii)
-
-
-def share_inside(x: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of points x (N, D) in balls with these centres (M, D) and squared radii (M,)."""
+    radii = torch.cat(radii)
     inside = [(squared_distances(rows, centres) <= radii).any(1) for rows in x.split(BLOCK)]
     return torch.cat(inside).double().mean().item()
 
@@ -156,33 +150,32 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- the two sides
-def open_side(path: str, args, own, size: int | None = None,
-              channels: int = 3) -> tuple[Source | None, Statistics | None]:
-    """The images of a data set, and the statistics in its file.
+def open_side(path: str, args, own, size: int | None = None, channels: int = 3) -> Side:
+    """The images of a data set, the statistics in its file, or both.
 
     With `size` the images become (size, size, channels). own: `open_images` of a model's file.
     """
-    known = None
+    side = Side(path)
     if path.endswith(".npz"):
         with cli.reading(path, "expected images, or statistics mu and sigma"):
             with np.load(cli.expanded(path)) as arrays:
                 if "mu" in arrays:
-                    known = read_statistics(path, arrays)
+                    side.known = read_statistics(path, arrays)
                     if "images" not in arrays and "arr_0" not in arrays:
-                        return None, known
+                        return side
     if is_checkpoint(path):
         raise UserError(f"{path}: is a checkpoint; give --num to draw samples from its model")
     images, _ = open_images(path, size, channels, args.enlarge, own)
     if cli.is_first():
         print(f"data: {images.summary()}", file=sys.stderr)
-    mine = share(len(images))
-    mine = np.arange(mine.start, mine.stop)
-    parts = np.split(mine, range(args.batch_size, len(mine), args.batch_size))
-    batches = ((part, images.array[part]) for part in parts)
-    return Source(path, len(images), images.array.shape[1:], batches), known
+    side.num, *side.shape = images.array.shape
+    mine = share(side.num)
+    parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    side.batches = ((part, images.array[part.start:part.stop]) for part in parts)
+    return side
 
 
-def samples_of(model, options, conditions, args) -> Source:
+def samples_of(model, options, conditions, args) -> Side:
     """--num samples of a model, all classes in turn: the images of sample.py for this seed."""
     if cli.is_first():
         print(f"drawing {args.num} images: {in_use(model, options)}", file=sys.stderr)
@@ -190,15 +183,17 @@ def samples_of(model, options, conditions, args) -> Source:
     part = share(args.num)
     labels = default_labels(args.num, c.num_classes, conditions)[part.start:part.stop]
     batches = sample_images(model, labels, options, args.seed, args.batch_size, part.start)
-    return Source(args.samples, args.num, (c.image_size, c.image_size, c.channels), batches)
+    shape = (c.image_size, c.image_size, c.channels)
+    return Side(args.samples, None, args.num, shape, batches)
 
 
-def check_networks(sides: list, network) -> None:
+def check_networks(sides: list[Side], network) -> None:
     """Raises UserError where statistics in a file come from another network than the rest."""
-    found = [network] if network else []
-    found += [known for source, known in sides if source is None]
-    names = {side.digest or side.name: side.name + f" (sha256 {side.digest})" * bool(side.digest)
-             for side in found}
+    found = [(side.known.features, side.known.features_sha256) for side in sides if not side.num]
+    if network:
+        found.append((network.name, network.digest))
+    names = {digest or name: f"{name} (sha256 {digest})" if digest else name
+             for name, digest in found}
     if len(names) > 1:
         raise UserError("SAMPLES and REFERENCE have features of different networks, "
                         f"{' and '.join(names.values())}; compute both with the same one, see "
@@ -208,17 +203,16 @@ def check_networks(sides: list, network) -> None:
 # ----------------------------------------------------------------------------- the report
 def score(network, device, samples: Statistics, reference: Statistics | None = None) -> dict:
     """The metrics, None where these two do not give one, and what they were computed from."""
-    is_fid = samples.digest == Inception.digest
+    is_fid = samples.features_sha256 == Inception.digest
     distance = precision = recall = mean = std = None
     pool = samples.pool.to(device)
-    resizes = [samples.resize]
     if reference:
         distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
         if len(pool) > 3 and len(reference.pool) > 3:
             precision, recall = precision_recall(pool, reference.pool.to(device))
-        resizes.append(reference.resize)
     if is_fid and len(pool) >= 10:
         mean, std = inception_score(network.logits(pool))
+    resizes = [side.resize for side in (samples, reference) if side]
     return {
         "fid" if is_fid else "fd": distance,
         "inception_score": mean,
@@ -227,8 +221,8 @@ def score(network, device, samples: Statistics, reference: Statistics | None = N
         "recall": recall,
         "num_samples": samples.num,
         "num_reference": reference.num if reference else None,
-        "features": samples.name,
-        "features_sha256": samples.digest,
+        "features": samples.features,
+        "features_sha256": samples.features_sha256,
         "dim": len(samples.mu),
         "resize": " / ".join(dict.fromkeys(resizes)),
     }
@@ -247,16 +241,16 @@ def text(report: dict) -> str:
 
 
 def warn_of_bias(sides: list[Statistics]) -> None:
-    """Of too few images, and of grey ones beside colours."""
+    """Of too few images, and of sides that differ in more than what they show."""
     for side in sides:
         if side.num is not None and side.num < len(side.mu):
             cli.warn(f"{side.path}: {side.num} images are fewer than {len(side.mu)} features: the "
                      "covariance is singular and the distance biased upwards")
-    if {side.grey for side in sides} == {True, False}:
-        grey, _ = sorted(sides, key=lambda side: not side.grey)
-        cli.warn(f"the images of {grey.path} are grey, the others are not: the distance includes "
-                 "that; to compare with grey ones, make them with `python support/data.py prepare "
-                 "... --channels 1`")
+    kinds = {side.kind: f"{side.kind} in {side.path}" for side in sides if side.kind}
+    if len(kinds) > 1:
+        cli.warn(f"SAMPLES and REFERENCE are not alike ({'; '.join(kinds.values())}): the distance "
+                 "includes that; bring both to one size and, if one is grey, the other to grey, "
+                 "with `python support/data.py prepare ... --channels 1`")
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -324,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     rank, _ = join(device)
 
     # Open and check everything before the first image: 50,000 of them take long.
-    options = network = size = known = None
+    options = network = size = None
     channels = 3
     facts = {}
     with agreeing(facts):
@@ -335,27 +329,22 @@ def main(argv: list[str] | None = None) -> None:
             samples = samples_of(model, options, saved.extra.get("conditions"), args)
             channels = model.config.channels
         else:
-            samples, known = open_side(args.samples, args, own)
-        sides = [(samples, known)]
-        if samples and samples.shape[0] == samples.shape[1]:
+            samples = open_side(args.samples, args, own)
+        sides = [samples]
+        if samples.num and samples.shape[0] == samples.shape[1]:
             size = samples.shape[0]
         if args.reference:
             sides.append(open_side(args.reference, args, own, size, channels))
         if args.features:
             network = ScriptFeatures(args.features, device)
-        elif any(source for source, _ in sides):
+        elif any(side.num for side in sides):
             network = Inception  # its weights may still have to be downloaded
         check_networks(sides, network)
         if network is Inception:
             network = load_inception(args.weights).to(device)
-        sizes = {source.shape[:2] for source, _ in sides if source}
-        if len(sizes) > 1:  # samples that are not square
-            cli.warn(f"SAMPLES and REFERENCE are images of {' and '.join(map(str, sizes))} pixels: "
-                     "the distance includes that; bring them to one size")
-        facts["images"] = [source and source.num for source, _ in sides]
+        facts["images"] = [side.num for side in sides]
 
-    statistics = [measure(source, known, network, device) if source else known
-                  for source, known in sides]
+    statistics = [measure(side, network, device) for side in sides]
     leave()
     if rank > 0:
         return

@@ -43,7 +43,7 @@ from support.cli import (
     write_file,
 )
 from support.data import Images, hold_out, labels_for, open_images
-from support.inception import luminance
+from support.inception import as_floats
 
 BATCH = 100
 
@@ -76,23 +76,17 @@ class Classifier(nn.Module):
         return self.head(self.forward(x))
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1], as fid.py gives images to a network; channels last is faster on a CPU."""
-    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+def to_float(images: Tensor, channels: int) -> Tensor:
+    """As fid.py gives images to a network, but channels last, which is faster on a CPU."""
+    return as_floats(images, channels).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def read_right(network: nn.Module, images: Images) -> float:
-    """The percentage of images that the network reads as their label.
-
-    A network of colours reads grey images too, and one of luminance colours.
-    """
+    """The percentage of images that the network reads as their label."""
     x, labels = everything(images)
-    if network.channels == 1 and x.shape[1] == 3:
-        x = luminance(x)
-    x = x.expand(-1, network.channels, -1, -1)
-    read = torch.cat([network.classify(to_float(part)).argmax(1) for part in x.split(BATCH)])
-    return 100 * (read == labels).float().mean().item()
+    read = [network.classify(to_float(part, network.channels)).argmax(1) for part in x.split(BATCH)]
+    return 100 * (torch.cat(read) == labels).float().mean().item()
 
 
 # ----------------------------------------------------------------------------- actions
@@ -127,7 +121,7 @@ def fit(args) -> None:
     progress = Progress("steps", args.steps)
     for step in range(args.steps):
         i = torch.randint(len(images), (BATCH,))
-        x = to_float(images[i])
+        x = to_float(images[i], network.channels)
         x += args.noise * torch.rand(BATCH, 1, 1, 1) * torch.randn_like(x)
         optimizer.zero_grad()
         F.cross_entropy(network.classify(x), labels[i]).backward()
@@ -176,10 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         prog="classifier.py")
     for function, arguments in ((fit, ("data", "file")), (heldout, ("data", "file")),
                                 (read, ("file", "data"))):
-        name = function.__name__
-        action = actions.add_parser(
-            name, help=function.__doc__, description=function.__doc__,
-            usage=f"python results/classifier.py {name} {' '.join(arguments).upper()} [options]")
+        action = actions.add_parser(function.__name__, help=function.__doc__,
+                                    description=function.__doc__)
         action.set_defaults(function=function)
         for argument in arguments:
             action.add_argument(argument, metavar=argument.upper(), help={

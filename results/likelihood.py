@@ -55,20 +55,14 @@ def noised_images(split: Split, training: dict, args) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def log_probs(model: nn.Module, x: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """The fields of log_prob, each (n,) float64 in nats, and with a logdet also log p(z).
-
-    labels None: unconditional.
-    """
+    """The fields of log_prob, each (n,) float64 in nats. labels None: unconditional."""
     progress = Progress("images", len(x))
     batches = []
     for i in range(0, len(x), BATCH):
         y = None if labels is None else labels[i:i + BATCH]
         batches.append(model.log_prob(x[i:i + BATCH], y)._asdict())
         progress(i)
-    log_p = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
-    if "logdet" in log_p:
-        log_p["log p(z)"] = log_p["total"] - log_p["logdet"]
-    return log_p
+    return {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
 
 
 # ----------------------------------------------------------------------------- posterior
@@ -175,23 +169,22 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.run}: expected a trained model with a likelihood (log_prob)")
     training = extra["training"]
     c = model.config
+    classes = (None, 0) if foreign else (extra["classes"], c.num_classes)
+    sets = []
+    for data in args.data or [training["data"]]:
+        holdout = 0 if args.data else training["holdout"]
+        split = open_split(data, c.image_size, c.channels, holdout, training["enlarge"], *classes,
+                           own_data(model))
+        sets.append(noised_images(split, training, args))
+    x, labels = sets[0]
     if foreign:
-        splits = [open_split(data, c.image_size, c.channels, num_classes=0, own=own_data(model))
-                  for data in args.data]
-        result = ood(model, *[noised_images(split, training, args)[0] for split in splits])
+        result = ood(model, x, sets[1][0])
+    elif args.action == "bound":
+        result = bound(model, x, labels if c.num_classes else None, training)
+    elif c.num_classes:
+        result = posterior(model, x, labels)
     else:
-        data, holdout = training["data"], training["holdout"]
-        if args.data:
-            data, holdout = args.data[0], 0
-        split = open_split(data, c.image_size, c.channels, holdout, training["enlarge"],
-                           extra["classes"], c.num_classes, own_data(model))
-        x, labels = noised_images(split, training, args)
-        if args.action == "bound":
-            result = bound(model, x, labels if c.num_classes else None, training)
-        elif c.num_classes:
-            result = posterior(model, x, labels)
-        else:
-            raise UserError(f"posterior: {args.run} knows no classes")
+        raise UserError(f"posterior: {args.run} knows no classes")
     print(json.dumps(result, indent=1))
 
 

@@ -6,7 +6,7 @@ The pages: each table is what tables.py prints, and each headline number is that
 classifier.py: it learns; labels are compared by name; held-out images are the unseen ones.
 likelihood.py: bound, Bayes' rule and AUROC are right where the answer is known.
 benchmark.py: calls alternate and the median counts; FLOPs are those of the products; each part of
-sampling and a step of training are timed; what fails on a GPU costs no other part.
+sampling and a step of training are timed; all parts of `gpu` run on a CPU, and rows are kept.
 figures.py: a curve's minutes are those of training; a missing matplotlib is one line.
 """
 import contextlib
@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import MagicMock
@@ -41,34 +42,33 @@ MINIMAL = ("--model examples.minimal_model --channels 1 --image-size 8 --batch-s
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
     """tables.py in folders of its own, on forty images, with the scripts run in this process."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        labels = np.arange(40) % 10
-        images = labels[:, None, None] * 20 + rng.integers(0, 40, (40, 8, 8))
+    labels = np.arange(40) % 10
+    noise = np.random.default_rng(0).integers(0, 40, (2, 40, 8, 8, 1))
+    for split, images in zip(("train", "test"), labels[:, None, None, None] * 20 + noise,
+                             strict=True):
         (tmp_path / split).mkdir()
-        np.save(tmp_path / split / "images.npy", images.astype(np.uint8)[..., None])
+        np.save(tmp_path / split / "images.npy", images.astype(np.uint8))
         np.save(tmp_path / split / "labels.npy", labels)
     network = tmp_path / "net.pt"
     classifier.main(["fit", str(tmp_path), str(network), "--noise", "0", "--steps", "3"])
-    commands = []
+    scripts = []
 
-    def run(*command, show=False):
-        script, *argv = map(str, command)
-        commands.append(script)
+    def run(script, *argv, show=False):
+        scripts.append(script)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            importlib.import_module(script[:-3].replace("/", ".")).main(argv)
+            module = importlib.import_module(script[:-3].replace("/", "."))
+            module.main([str(word) for word in argv])
         return out.getvalue()
 
     rows = [tables.Row("one", MINIMAL, {"t = 1": "--temperature 1", "t = 2": "--temperature 2"}, 3),
             tables.REAL, tables.Row("likelihood", MINIMAL, tables.LIKELIHOOD, 3)]
-    (tmp_path / "published").mkdir()
     changes = dict(
         TABLES={"t": rows}, PAPER={("one", "t = 1"): 5.5}, DATA=str(tmp_path), run=run,
-        OWN=tmp_path / "own", PUBLISHED=tmp_path / "published", CLASSIFIER=network, NUM_SAMPLES=40)
+        OWN=tmp_path / "own", PUBLISHED=tmp_path, CLASSIFIER=network, NUM_SAMPLES=40)
     for name, value in changes.items():
         monkeypatch.setattr(tables, name, value)
-    return commands
+    return scripts
 
 
 def cells(text: str) -> dict[tuple, dict]:
@@ -82,14 +82,14 @@ def test_a_table_is_trained_once_scored_and_printed(workshop, capsys):
     tables.main(["t", "--seeds", "0,1"])
     printed = cells(capsys.readouterr().out.partition("Yours:")[2])
     row, real = printed["one", "t = 1"], printed["real images", "–"]
-    assert row["seeds"] == "0, 1" and row["steps"] == "3" and row["paper's FID"] == "5.5"
+    assert (row["seeds"], row["steps"], row["paper's FID"]) == ("0, 1", "3", "5.5")
     assert real["steps"] == "–" and float(real["FD"]) < float(row["FD"].split(" ± ")[0])
     assert float(printed["likelihood", "–"]["nats/dim"].split(" ± ")[0]) > -9
     assert len(list(tables.OWN.glob("*/ckpt.pt"))) == 2  # one for each seed, not for each row
     assert len((tables.OWN / "t.jsonl").read_text().splitlines()) == 7  # real images count once
     workshop.clear()
     tables.main(["t", "--seeds", "0,1", "--rows", "one", "real images"])
-    assert workshop == [] and "Nothing was trained" in capsys.readouterr().err
+    assert "Nothing was trained" in capsys.readouterr().err
     (tables.OWN / "t.jsonl").rename(tables.PUBLISHED / "t.jsonl")
     tables.main(["t", "--print"])
     output = capsys.readouterr().out
@@ -99,33 +99,31 @@ def test_a_table_is_trained_once_scored_and_printed(workshop, capsys):
 
 def test_of_two_results_of_a_run_the_later_one_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "TABLES", {"t": [tables.Row("a", "", {"w": ""})]})
-    result = dict(row="a", sampling="w", seed=0, steps=9)
-    lines = [result | {"fd": 9}, result | {"fd": 1}, result | {"fd": 3, "seed": 1},
-             result | {"fd": 8, "steps": 5}]
+    lines = [dict(row="a", sampling="w", fd=fd, seed=seed, steps=steps)
+             for fd, seed, steps in ((9, 0, 9), (1, 0, 9), (3, 1, 9), (8, 0, 5))]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    head, _, *rows = tables.markdown(tmp_path, "t").splitlines()
-    assert head == "| row | sampling | steps | seeds | FD |"
-    assert rows == ["| a | w | 9 | 0, 1 | 2.00 ± 1.00 |", "| a | w | 5 | 0 | 8.00 |"]
+    assert tables.markdown(tmp_path, "t").splitlines() == [
+        "| row | sampling | steps | seeds | FD |", "| --- | --- | --- | --- | --- |",
+        "| a | w | 9 | 0, 1 | 2.00 ± 1.00 |", "| a | w | 5 | 0 | 8.00 |"]
 
 
 def test_a_turned_row_learns_turned_images_and_turns_its_samples_back(workshop, monkeypatch):
     images = tables.open_images(f"{tables.DATA}:train")[0].array
-    row = tables.Row("turned", MINIMAL, {"": ""}, 3, turned=True)
-    scored = []
     train = tables.run
+    scored = []
 
-    def run(*command, show=False):
+    def run(script, *argv, show=False):
         """The workshop's run, but sample.py knows the images that were learnt by heart."""
-        if command[0] != "sample.py":
-            return train(*command, show=show)
-        learnt = load(command[1])[1]["training"]["data"]
-        assert (np.load(learnt)["images"] == np.rot90(images, 2, axes=(1, 2))).all()
-        np.savez(command[command.index("--out") + 1], **np.load(learnt))
+        if script != "sample.py":
+            return train(script, *argv, show=show)
+        with np.load(load(argv[0])[1]["training"]["data"]) as learnt:
+            assert (learnt["images"] == np.rot90(images, 2, axes=(1, 2))).all()
+            np.savez(argv[argv.index("--out") + 1], **learnt)
 
     monkeypatch.setattr(tables, "run", run)
     monkeypatch.setattr(tables, "scores", lambda file: scored.append(dict(np.load(file))) or {})
     tables.OWN.mkdir()
-    tables.result_of(row, "", seed=0)
+    tables.result_of(tables.Row("turned", MINIMAL, {"": ""}, 3, turned=True), "", seed=0)
     assert (scored[0]["images"] == images).all() and len(scored[0]["labels"]) == 40
 
 
@@ -229,8 +227,11 @@ HEADLINES = [  # page, words that only this row of a table has, the results behi
 ]
 
 
-def distances(name: str) -> list[float]:
-    """The FDs of all seeds."""
+def distances(name: str | tuple) -> list[float]:
+    """The FDs of all seeds; of (min, a, b) or (max, a, b) the least or largest of a - b."""
+    if isinstance(name, tuple):
+        best, *two = name
+        return [best(a - b for a, b in zip(*map(distances, two), strict=True))]
     table, row, way = name.split(": ")
     results = tables.read_results(tables.PUBLISHED, table).items()
     return [result["fd"] for key, result in results if key[:2] == (row, way)]
@@ -242,24 +243,19 @@ def test_headline_numbers_are_those_of_their_rows(page, words, behind):
     line = line.partition("; CIFAR: ")[0]  # those runs are no rows of tables.py
     line = re.sub(r"(w =|Section) [\d.]+", "", line)
     found = re.findall(r"(\d+\.\d+)(?: ± (\d+\.\d+))?", line)
-    assert len(found) >= len(behind)
-    for (number, spread), name in zip(found, behind, strict=False):
-        if isinstance(name, str):
-            values = distances(name)
-        else:
-            best, a, b = name
-            values = [best(x - y for x, y in zip(distances(a), distances(b), strict=True))]
+    ours, others = found[:len(behind)], found[len(behind):]
+    for (number, spread), name in zip(ours, behind, strict=True):
+        values = distances(name)
         mean = statistics.mean(values)
         digits = len(number.partition(".")[2])
-        assert f"{mean:.{digits}f}" == number, name
-        if spread:
-            assert f"{max(abs(value - mean) for value in values):.{digits}f}" == spread, name
+        assert number == f"{mean:.{digits}f}", name
+        furthest = max(abs(value - mean) for value in values)
+        assert spread in ("", f"{furthest:.{digits}f}"), name
+    papers = {}
     if page is RESULTS:  # the paper's FIDs stand in the next cell
         places = [tuple(name.split(": ")[1:]) for name in behind]
         papers = dict.fromkeys(tables.PAPER[place] for place in places if place in tables.PAPER)
-        assert [float(number) for number, _ in found[len(behind):]] == list(papers)
-    else:
-        assert len(found) == len(behind)
+    assert [float(number) for number, _ in others] == list(papers)
 
 
 # ----------------------------------------------------------------------------- classifier.py
@@ -286,40 +282,32 @@ def test_labels_are_compared_by_name(reader, tmp_path, capsys):
     (tmp_path / "red").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red" / "0.png")
     fails(capsys, classifier, ["read", reader / "net.pt", tmp_path], "red", "bright")
+    fails(capsys, classifier, ["read", tmp_path / "red" / "0.png", reader / "some"], "0.png", "fit")
     network = torch.jit.load(reader / "net.pt")
     assert network.classes == ["bright", "dark", "grey"]
     assert network(torch.zeros(5, 3, 8, 8)).shape == (5, 128)  # what fid.py --features takes
     dark = np.full((2, 8, 8, 1), 50, np.uint8)  # grey values, given to a network of colours
     images = classifier.Images("dark", dark, np.array([1, 0]))
     assert classifier.read_right(network, images) == 50
-    colours = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
-    grey = [np.asarray(Image.fromarray(image).convert("L")) for image in colours]
-    network = classifier.Classifier(1, 9, []).eval()  # of luminance
-    found = [classifier.read_right(network, classifier.Images("", array, np.arange(50) % 9))
-             for array in (colours, np.stack(grey)[..., None])]
-    assert found[0] == found[1]
 
 
-def test_the_held_out_images_are_the_unseen_ones(reader, tmp_path, capsys):
+def test_a_network_is_fitted_with_noise_unless_that_is_0_and_not_on_held_out_images(
+        reader, tmp_path, capsys):
+    out = str(tmp_path / "n.pt")
+    weights = []
+    for noise in ("0", "0.1", "0.1"):
+        classifier.main(["fit", str(reader / "all"), out, "--holdout", "4", "--steps", "3",
+                         "--image-size", "4", "--noise", noise])
+        weights.append(torch.jit.load(out).head.weight)
+    assert not torch.equal(*weights[:2]) and torch.equal(*weights[1:])
+    assert capsys.readouterr().out.count("of 12 held-out images") == 3
     heldout = ["heldout", str(reader / "all"), str(tmp_path / "h.npz")]
     classifier.main([*heldout, "--holdout", "4"])
     with np.load(tmp_path / "h.npz") as f:
         assert f["images"].shape == (12, 8, 8, 3) and (np.bincount(f["labels"]) == 4).all()
     fails(capsys, classifier, heldout, "--holdout")
     np.savez(tmp_path / "flat.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
-    fails(capsys, classifier, ["fit", tmp_path / "flat.npz", tmp_path / "n.pt"], "no labels")
-    fails(capsys, classifier, ["read", tmp_path / "flat.npz", reader / "some"], "flat.npz", "fit")
-
-
-def test_a_network_is_fitted_with_noise_unless_that_is_0(reader, tmp_path, capsys):
-    weights = []
-    for noise in ("0", "0.1", "0.1"):
-        file = str(tmp_path / "n.pt")
-        classifier.main(["fit", str(reader / "all"), file, "--holdout", "4", "--steps", "3",
-                         "--image-size", "4", "--noise", noise])
-        weights.append(torch.jit.load(file).head.weight)
-    assert not torch.equal(*weights[:2]) and torch.equal(*weights[1:])
-    assert capsys.readouterr().out.count("of 12 held-out images") == 3
+    fails(capsys, classifier, ["fit", tmp_path / "flat.npz", out], "no labels")
 
 
 # ----------------------------------------------------------------------------- likelihood.py
@@ -369,7 +357,7 @@ class ByClass(torch.nn.Module):
         return Total(total, torch.zeros_like(total))
 
 
-def test_posterior_of_separate_classes_is_right_and_of_shuffled_labels_is_not():
+def test_bayes_rule_and_the_auroc_are_right_for_separate_and_for_equal_images():
     labels = torch.arange(240) % 3  # more than a batch
     x = (labels / 10).view(-1, 1, 1, 1) + 0.03 * torch.randn(240, 1, 4, 4)
     found = likelihood.posterior(ByClass(), x, labels)
@@ -379,17 +367,14 @@ def test_posterior_of_separate_classes_is_right_and_of_shuffled_labels_is_not():
     assert likelihood.posterior(ByClass(), x, labels.roll(1))["accuracy"] < 0.1
     assert likelihood.log_probs(ByClass(), x, labels)["total"].min() > -4
 
-
-def test_images_far_away_are_told_apart_and_equal_ones_are_not():
-    inside = 0.03 * torch.randn(30, 1, 4, 4)
+    inside = x[labels == 0]
     result = likelihood.ood(ByClass(), inside, inside + 0.5)
-    assert result["total"]["auroc"] == result["log p(z)"]["auroc"] == 1
-    assert result["logdet"]["auroc"] == 0.5  # ties count half
     assert result["total"]["outside"] < -10 < result["total"]["inside"]
+    assert result["total"]["auroc"] == 1 and result["logdet"]["auroc"] == 0.5  # ties count half
     assert likelihood.ood(ByClass(), inside + 0.5, inside)["total"]["auroc"] == 0
 
 
-def test_images_have_the_noise_that_training_ended_with(tiny_data):  # noqa: F811
+def test_every_use_of_a_run(small_run, tiny_data, tmp_path, capsys):  # noqa: F811
     split = likelihood.open_split(str(tiny_data), 16, 3)
     args = SimpleNamespace(num=30, device=torch.device("cpu"))
     pixels, labels = split.train.batch(np.linspace(0, 59, 30).astype(int))
@@ -397,26 +382,33 @@ def test_images_have_the_noise_that_training_ended_with(tiny_data):  # noqa: F81
     assert torch.equal(found, labels)
     assert (x - (pixels + 0.5) / 128 + 1).std().item() == pytest.approx(0.03, rel=0.02)
 
+    def printed(*argv):
+        capsys.readouterr()
+        likelihood.main([str(word) for word in argv])
+        return json.loads(capsys.readouterr().out)
 
-def test_every_use_of_a_run(small_run, tiny_data, tmp_path, capsys):  # noqa: F811
     for action, *data in (["posterior"], ["ood", tiny_data, tiny_data], ["bound", tiny_data]):
-        likelihood.main([action, str(small_run), *map(str, data), "--num", "20"])
-        json.loads(capsys.readouterr().out)
-    fails(capsys, likelihood, ["ood", small_run, tiny_data], "expected two")
-    model, _ = load(small_run)
-    save(tmp_path / "model.pt", model)
-    fails(capsys, likelihood, ["bound", tmp_path / "model.pt"], "a trained model")
-    unconditional = MINIMAL.split() + ["--num-classes", "0", "--out", str(tmp_path / "run")]
-    train.main([*unconditional, "--data", str(tiny_data), "--steps", "1", "--holdout", "5"])
-    capsys.readouterr()
-    for data, num in ([], 5), ([str(tiny_data)], 60):  # the hold-out, or all images of a set
-        likelihood.main(["bound", str(tmp_path / "run"), *data])
-        assert json.loads(capsys.readouterr().out)["images"] == num
-    fails(capsys, likelihood, ["posterior", tmp_path / "run"], "no classes")
+        assert len(printed(action, small_run, *data, "--num", 20)) > 3
+    run, unread = tmp_path / "run", tmp_path / "model.pt"
+    train.main([*MINIMAL.split(), "--num-classes", "0", "--out", str(run), "--data",
+                str(tiny_data), "--steps", "1", "--holdout", "5"])
+    assert printed("bound", run)["images"] == 5  # the hold-out, or all images of a set
+    assert printed("bound", run, tiny_data)["images"] == 60
+    save(unread, load(small_run)[0])
+    for *argv, words in (["ood", small_run, tiny_data, "expected two"],
+                         ["bound", unread, "a trained model"], ["posterior", run, "no classes"]):
+        fails(capsys, likelihood, argv, words)
 
 
 # ----------------------------------------------------------------------------- benchmark.py
-SMALL = [*SMALL_FLAGS[:10], "--device", "cpu", "--rounds", "1"]
+SMALL = [*SMALL_FLAGS[:10], "--preset", "tiny", "--device", "cpu", "--rounds", "1"]
+
+
+def rows_of(*argv) -> list[dict]:
+    """The rows that benchmark.py keeps, in the current folder."""
+    benchmark.main([*argv, "--out", "rows.jsonl"])
+    with open("rows.jsonl") as file:
+        return [json.loads(line) for line in file]
 
 
 def test_calls_alternate_and_the_median_counts(monkeypatch):
@@ -438,117 +430,125 @@ def test_flops_are_those_of_the_products():
     assert 1 < benchmark.counted("farmer", c)[1] / expected < 1.1
 
 
-def table_rows(capsys) -> list[list[str]]:
-    """The cells of a printed table, without the line below the head."""
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    return [line.strip("| ").split(" | ") for line in lines if not line.startswith("| -")]
+def test_every_part_of_sampling_is_timed_beside_another_models_and_compared(
+        tmp_path, monkeypatch):
+    """Here a model that is replayed has other weights, so its images differ."""
+    @contextlib.contextmanager
+    def replaying(model, on):
+        for weight in model.parameters():
+            weight += 1e-3
+        yield
 
-
-def test_every_part_of_sampling_is_timed_beside_another_models(capsys, monkeypatch):
-    seen, stages = [], benchmark.stages
-    monkeypatch.setattr(benchmark, "stages", lambda model, options, *args:
-                        seen.append((model.config.image_size, options)) or stages(
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "replaying", replaying)
+    monkeypatch.setattr(benchmark, "medians", lambda work, *_: dict.fromkeys(work, 0.5))
+    seen, parts_of = [], benchmark.parts_of
+    monkeypatch.setattr(benchmark, "parts_of", lambda model, options, *args:
+                        seen.append((model.config.image_size, options)) or parts_of(
                             model, options, *args))
-    benchmark.main(["sample", *SMALL, "--batch-sizes", "2", "--guidance", "0.5",
-                    "--image-size", "8", "--against", "examples.minimal_model"])
-    parts = [(row[0], row[2]) for row in table_rows(capsys)[1:]]
+    rows = rows_of("sample", *SMALL, "--batch-sizes", "2", "--guidance", "0.5", "--image-size", "8",
+                   "--against", "examples.minimal_model", "--graphs")
     assert [(size, getattr(options, "guidance", None)) for size, options in seen] == [
         (8, 0.5), (8, None)]
     ours = [("farmer:tiny", part) for part in ("whole", "prior", "exact", "student")]
-    assert parts == [*ours, ("examples.minimal_model", "whole")]
+    parts = [*ours, ("examples.minimal_model", "whole")]
+    parts += [(label, f"{part}, by graphs") for label, part in parts]
+    assert [(row["model"], row["part"]) for row in rows] == parts
+    assert {row["ms/image"] for row in rows} == {250} and not any(row["equal"] for row in rows[5:])
 
 
-def test_a_step_of_training_trains(capsys, monkeypatch):
-    models = []
-    build = benchmark.build
-    monkeypatch.setattr(benchmark, "build", lambda *args: models.append(build(*args)) or models[-1])
-    benchmark.main(["train", *SMALL, "--batch-sizes", "2"])
-    torch.manual_seed(0)
-    before = build("farmer", models[0].config).parameters()
-    moved = [not torch.equal(p, q) for p, q in zip(models[0].parameters(), before, strict=True)]
-    assert sum(moved) > 0.9 * len(moved) and table_rows(capsys)[0][-1] == "TFLOP/s"
+def test_a_step_of_training_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "hardware", lambda device: "NVIDIA H200")
+    training_step = benchmark.training_step
+    models, weights = [], []
+
+    def remembered(model, *args):
+        models.append(model)
+        weights.extend(weight.clone() for weight in model.parameters())
+        return training_step(model, *args)
+
+    monkeypatch.setattr(benchmark, "training_step", remembered)
+    (row,) = rows_of("train", *SMALL, "--batch-sizes", "2")
+    moved = [not torch.equal(p, q) for p, q in zip(models[0].parameters(), weights, strict=True)]
+    assert all(moved) and not any(weight.eq(0).all() for weight in weights)
+    flops = 3 * benchmark.counted("farmer", models[0].config)[1]
+    assert row["TFLOP/s"] == pytest.approx(flops * row["images/s"] / 1e12)
+    assert row["MFU"] == row["TFLOP/s"] / 989
 
 
 def test_sizes_are_those_of_every_preset(capsys):
     benchmark.main(["sizes", "--model", "examples.minimal_model", "--image-size", "8"])
-    head, row = table_rows(capsys)
-    assert head == ["preset", "all, M", "GFLOP/image, forward"]
-    assert row == ["default", f"{12 * 192 / 1e6:.4g}", "0"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["| preset | all, M | GFLOP/image, forward |", "| --- | --- | --- |",
+                          f"| default | {12 * 192 / 1e6:.4g} | 0 |"]
 
 
-def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch, capsys):
+def test_every_part_of_gpu_runs_on_a_cpu_and_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     commands = []
 
-    def run(command, timeout):
+    def run(command):
         commands.append(command[2:])
-        if len(commands) == 2:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return SimpleNamespace(returncode=int(len(commands) == 4))
+        if "cpu" in command:
+            benchmark.main(command[2:])
+        return SimpleNamespace(returncode=len(commands) % 2)  # a part that fails costs no other
 
     monkeypatch.setattr(subprocess, "run", run)
-    benchmark.main(["gpu", "--device", "cpu", "--preset", "tiny"])
-    ends = [row[-1] for row in table_rows(capsys)[1:]]
-    assert ends == ["0", "the time was over", "0", "1", "0", "0"]
+    benchmark.main(["gpu", *SMALL])
+    rows = [json.loads(line) for line in open("gpu.jsonl")]
+    assert rows[3]["part"] == "whole, by graphs" and rows[3]["equal"] and "MFU" in rows[6]
+    assert len({row["command"] for row in rows}) == len(benchmark.PARTS) - 1  # nothing is compiled
+    assert {row["model"] for row in rows} == {"farmer:tiny"}
     fails(capsys, benchmark, ["gpu"], "no CUDA GPU")
+    assert len(commands) == len(benchmark.PARTS)
     monkeypatch.setattr(benchmark, "pick_device", torch.device)
-    benchmark.main(["gpu", "--model", "farmer"])
-    assert "--compile" not in commands[0] and "--compile" in commands[-1]
-    for command, preset in zip(commands, 6 * ["tiny"] + 6 * ["farmer-1.1b-p16"], strict=True):
-        args, _ = benchmark.parse(command)
-        assert (args.preset, args.device.type == "cpu") == (preset, preset == "tiny")
+    benchmark.main(["gpu"])
+    assert "--compile" in commands[-1] and "farmer-1.1b-p16" in commands[-1]
     fails(capsys, benchmark, ["train", *SMALL, "--against", "farmer:none"], "none", "fashion")
-    fails(capsys, benchmark, SMALL, "COMMAND")
+    fails(capsys, benchmark, [], "COMMAND")
 
 
 # ----------------------------------------------------------------------------- figures.py
 @pytest.fixture
-def plots(monkeypatch) -> list[tuple]:
-    """What is drawn, as (name of x, name of y, name of the curve, its points)."""
-    drawn = []
-
-    def add_subplot(*place, xlabel, ylabel, facecolor):
-        def plot(xs, ys, style, markersize, label):
-            drawn.append((xlabel, ylabel, label, list(zip(xs, ys, strict=True))))
-        return MagicMock(plot=plot, get_legend_handles_labels=lambda: ([], []))
-
-    figure = MagicMock(add_subplot=add_subplot)
+def plots(monkeypatch) -> Callable:
+    """What is drawn: names of the axes, of the curves, and their points."""
+    figure = MagicMock()
     figure.savefig = lambda file, **options: file.write(b"a picture")
+    axes = figure.add_subplot.return_value
+    axes.get_legend_handles_labels.return_value = [], []
     monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(rcParams={}))
-    module = MagicMock(Figure=lambda **options: figure)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", MagicMock(Figure=lambda **_: figure))
+
+    def drawn():
+        curves = {call.kwargs["label"]: list(zip(*call.args[:2], strict=True))
+                  for call in axes.plot.call_args_list}
+        return [call.kwargs["xlabel"] for call in figure.add_subplot.call_args_list], curves
     return drawn
 
 
-def test_a_curves_minutes_are_those_of_training(plots, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    lines = [dict(step=s, loss=-s, minutes=m) for s, m in ((10, 1), (20, 5))]
-    lines.append(dict(step=20, val_loss=3))
-    text = "\n".join(map(json.dumps, lines))
-    for file in ("run/log.jsonl", "kept.jsonl"):
-        (tmp_path / file).write_text(text)
-    out = tmp_path / "x.png"
-    figures.main(["curve", str(tmp_path / "run"), str(tmp_path / "kept.jsonl"), "--out", str(out)])
-    assert plots == [("minutes of training", "loss", name, [(1, -10), (5, -20)])
-                     for name in ("run", "kept")]
+def test_a_curves_minutes_are_those_of_training(plots, tmp_path, capsys, monkeypatch):
+    run, kept, out = tmp_path / "run", tmp_path / "kept.jsonl", tmp_path / "x.png"
+    run.mkdir()
+    lines = [dict(step=10, loss=-10, minutes=1), dict(step=20, loss=-20, minutes=5),
+             dict(step=20, val_loss=3)]
+    for file in (run / "log.jsonl", kept):
+        file.write_text("\n".join(map(json.dumps, lines)))
+    figures.main(["curve", str(run), str(kept), "--out", str(out)])
+    points = [(1, -10), (5, -20)]
+    assert plots() == (["minutes of training"], {"run": points, "kept": points})
     assert out.read_bytes() == b"a picture" and capsys.readouterr().out == f"{out}\n"
-    for argv in (["curve"], ["guidance", tmp_path / "run"]):
-        fails(capsys, figures, [*argv, "--out", out], "folders of runs")
-    fails(capsys, figures, ["curve", tmp_path, "--out", out], "log.jsonl")
-    fails(capsys, figures, ["curve", tmp_path / "run", "--field", "bits_per_dim", "--out", out],
-          "bits_per_dim")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for *argv, words in (["curve", "folders of runs"], ["fig6", run, "folders of runs"],
+                         ["curve", tmp_path, "log.jsonl"], ["fig6", "pip install matplotlib"],
+                         ["curve", run, "--field", "val_loss", "it has none"]):
+        fails(capsys, figures, [*argv, "--out", out], words)
 
 
 def test_points_are_means_over_seeds(plots, tmp_path):
-    for figure, size in (("guidance", 3 * 5), ("fig6", 2 * 2)):
-        plots.clear()
-        figures.main([figure, "--out", str(tmp_path / "x.png")])
-        assert len(plots) == size
-    x, y, _, points = plots[1]
-    assert (x, y) == ("K_I", figures.FD)
-    assert points == [(k, pytest.approx(statistics.mean(distances(name))))
-                      for k, name in zip((1, 4, 8, 32), K_I, strict=True)]
-
-
-def test_a_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    fails(capsys, figures, ["fig6", "--out", tmp_path / "x.png"], "pip install matplotlib")
+    figures.main(["guidance", "--out", str(tmp_path / "x.png")])
+    assert plots()[0] == 3 * ["guidance weight w"] and len(plots()[1]) == 5
+    figures.main(["fig6", "--out", str(tmp_path / "x.png")])
+    assert plots()[0][3:] == ["K_I", "d_I"]
+    assert plots()[1]["w = 1"] == [(d, pytest.approx(statistics.mean(distances(name))))
+                                   for d, name in zip((2, 4, 8, 12), D_I, strict=True)]

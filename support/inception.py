@@ -5,7 +5,6 @@ A feature network maps images (N, 3, H, W) uint8 to features (N, D) float32. It 
 2015-12-05, which defines FID, and the user's own, `ScriptFeatures`.
 """
 import hashlib
-import io
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,18 +32,17 @@ KEPT = 50_000  # precision, recall and the Inception Score use at most this many
 class Conv(nn.Module):
     """Convolution without bias, batch norm, ReLU: (N, C_in, H, W) -> (N, C_out, H', W').
 
-    kernel: height and width, "3" or "1x7", padded so that H and W stay. "3v" (valid) is not
-    padded; "3v2" is not padded and has stride 2.
+    kernel: height and width, such as 1x7, padded so that H and W stay. 3x3v (valid) is not padded;
+    3x3v2 is not padded and has stride 2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: str):
         super().__init__()
         size, valid, stride = kernel.partition("v")
-        height, _, width = size.partition("x")
-        size = (int(height), int(width or height))
-        padding = 0 if valid else (size[0] // 2, size[1] // 2)
-        stride = int(stride or 1)
-        self.conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, bias=False)
+        height, width = size.split("x")
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, (int(height), int(width)), int(stride or 1),
+            "valid" if valid else "same", bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -53,9 +51,9 @@ class Conv(nn.Module):
 
 POOLS = {
     # As in TensorFlow, the padding does not count in the average.
-    "avg": lambda h: F.avg_pool2d(h, 3, 1, 1, count_include_pad=False),
-    "max": lambda h: F.max_pool2d(h, 3, 1, 1),
-    "max2": lambda h: F.max_pool2d(h, 3, 2),
+    "avg": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    "max": nn.MaxPool2d(3, 1, 1),
+    "max2": nn.MaxPool2d(3, 2),
 }
 
 
@@ -69,68 +67,70 @@ class Branches(nn.Module):
 
     def __init__(self, in_channels: int, *branches: str):
         super().__init__()
-        self.branches = [branch.split() for branch in branches]
-        self.out_channels = sum(self.add_branch(in_channels, steps) for steps in self.branches)
-
-    def add_branch(self, channels: int, steps: list[str]) -> int:
-        """Makes the Convs of a branch. Returns the number of its output channels."""
-        for step in steps:
-            if step in POOLS:
-                continue
-            total = 0
-            for part in step.split("|"):
-                name, width, kernel = part.split(":")
-                self.add_module(name, Conv(channels, int(width), kernel))
-                total += int(width)
-            channels = total
-        return channels
-
-    def run_branch(self, h: Tensor, steps: list[str]) -> Tensor:
-        for step in steps:
-            if step in POOLS:
-                h = POOLS[step](h)
-            else:
-                names = [part.partition(":")[0] for part in step.split("|")]
-                h = torch.cat([self.get_submodule(name)(h) for name in names], 1)
-        return h
+        self.branches = []  # a branch is a list of steps, a step a list of layers
+        self.out_channels = 0
+        for branch in branches:
+            channels = in_channels
+            steps = []
+            for step in branch.split():
+                layers = []
+                if step in POOLS:
+                    layers.append(POOLS[step])
+                else:
+                    before = channels
+                    channels = 0
+                    for part in step.split("|"):
+                        name, width, kernel = part.split(":")
+                        self.add_module(name, Conv(before, int(width), kernel))
+                        layers.append(self.get_submodule(name))
+                        channels += int(width)
+                steps.append(layers)
+            self.branches.append(steps)
+            self.out_channels += channels
 
     def forward(self, h: Tensor) -> Tensor:
-        return torch.cat([self.run_branch(h, steps) for steps in self.branches], 1)
+        outputs = []
+        for steps in self.branches:
+            x = h
+            for layers in steps:
+                x = torch.cat([layer(x) for layer in layers], 1)
+            outputs.append(x)
+        return torch.cat(outputs, 1)
 
 
 # ----------------------------------------------------------------------------- the network
 STEM = """
-    Conv2d_1a_3x3:32:3v2 Conv2d_2a_3x3:32:3v Conv2d_2b_3x3:64:3 max2
-    Conv2d_3b_1x1:80:1 Conv2d_4a_3x3:192:3v max2
+    Conv2d_1a_3x3:32:3x3v2 Conv2d_2a_3x3:32:3x3v Conv2d_2b_3x3:64:3x3 max2
+    Conv2d_3b_1x1:80:1x1 Conv2d_4a_3x3:192:3x3v max2
 """
 
 
 def mixed_5(pool: int) -> list[str]:
     return [
-        "branch1x1:64:1",
-        "branch5x5_1:48:1 branch5x5_2:64:5",
-        "branch3x3dbl_1:64:1 branch3x3dbl_2:96:3 branch3x3dbl_3:96:3",
-        f"avg branch_pool:{pool}:1",
+        "branch1x1:64:1x1",
+        "branch5x5_1:48:1x1 branch5x5_2:64:5x5",
+        "branch3x3dbl_1:64:1x1 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3",
+        f"avg branch_pool:{pool}:1x1",
     ]
 
 
 def mixed_6(c: int) -> list[str]:
     return [
-        "branch1x1:192:1",
-        f"branch7x7_1:{c}:1 branch7x7_2:{c}:1x7 branch7x7_3:192:7x1",
-        f"""branch7x7dbl_1:{c}:1 branch7x7dbl_2:{c}:7x1 branch7x7dbl_3:{c}:1x7
+        "branch1x1:192:1x1",
+        f"branch7x7_1:{c}:1x1 branch7x7_2:{c}:1x7 branch7x7_3:192:7x1",
+        f"""branch7x7dbl_1:{c}:1x1 branch7x7dbl_2:{c}:7x1 branch7x7dbl_3:{c}:1x7
             branch7x7dbl_4:{c}:7x1 branch7x7dbl_5:192:1x7""",
-        "avg branch_pool:192:1",
+        "avg branch_pool:192:1x1",
     ]
 
 
 def mixed_7(pool: str) -> list[str]:
     return [
-        "branch1x1:320:1",
-        "branch3x3_1:384:1 branch3x3_2a:384:1x3|branch3x3_2b:384:3x1",
-        """branch3x3dbl_1:448:1 branch3x3dbl_2:384:3
+        "branch1x1:320:1x1",
+        "branch3x3_1:384:1x1 branch3x3_2a:384:1x3|branch3x3_2b:384:3x1",
+        """branch3x3dbl_1:448:1x1 branch3x3dbl_2:384:3x3
            branch3x3dbl_3a:384:1x3|branch3x3dbl_3b:384:3x1""",
-        f"{pool} branch_pool:192:1",
+        f"{pool} branch_pool:192:1x1",
     ]
 
 
@@ -139,8 +139,8 @@ MIXED = {  # (N, 192, 35, 35) -> 5d (N, 288, 35, 35) -> 6e (N, 768, 17, 17) -> 7
     "Mixed_5c": mixed_5(64),
     "Mixed_5d": mixed_5(64),
     "Mixed_6a": [
-        "branch3x3:384:3v2",
-        "branch3x3dbl_1:64:1 branch3x3dbl_2:96:3 branch3x3dbl_3:96:3v2",
+        "branch3x3:384:3x3v2",
+        "branch3x3dbl_1:64:1x1 branch3x3dbl_2:96:3x3 branch3x3dbl_3:96:3x3v2",
         "max2",
     ],
     "Mixed_6b": mixed_6(128),
@@ -148,9 +148,9 @@ MIXED = {  # (N, 192, 35, 35) -> 5d (N, 288, 35, 35) -> 6e (N, 768, 17, 17) -> 7
     "Mixed_6d": mixed_6(160),
     "Mixed_6e": mixed_6(192),
     "Mixed_7a": [
-        "branch3x3_1:192:1 branch3x3_2:320:3v2",
-        """branch7x7x3_1:192:1 branch7x7x3_2:192:1x7 branch7x7x3_3:192:7x1
-           branch7x7x3_4:192:3v2""",
+        "branch3x3_1:192:1x1 branch3x3_2:320:3x3v2",
+        """branch7x7x3_1:192:1x1 branch7x7x3_2:192:1x7 branch7x7x3_3:192:7x1
+           branch7x7x3_4:192:3x3v2""",
         "max2",
     ],
     "Mixed_7b": mixed_7("avg"),
@@ -205,13 +205,16 @@ def load_inception(path: str | None = None) -> Inception:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, partial(download, WEIGHTS_URL, WEIGHTS_SHA256, file.parent))
     with reading(file, f"expected the file from {WEIGHTS_URL}"):
-        content = file.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
+        digest = sha256(file)
         if digest != WEIGHTS_SHA256:
             raise ValueError(f"its sha256 is {digest}, expected {WEIGHTS_SHA256}")
         model = Inception()
-        model.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+        model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval()
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # ----------------------------------------------------------------------------- any other network
@@ -229,19 +232,16 @@ class ScriptFeatures:
         self.path = expanded(path)
         self.name = self.path.name
         with reading(path, "expected a file written by torch.jit.script(module).save(FILE.pt)"):
-            content = self.path.read_bytes()
+            self.digest = sha256(self.path)
             with warnings.catch_warnings(action="ignore"):  # torch 2.14 calls TorchScript old
-                self.module = torch.jit.load(io.BytesIO(content), map_location=device).eval()
-        self.digest = hashlib.sha256(content).hexdigest()
+                self.module = torch.jit.load(self.path, map_location=device).eval()
         self.channels = getattr(self.module, "channels", 3)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """images (N, C, H, W) -> (N, D) float32. Raises UserError if the module cannot."""
         if not images.is_floating_point():
-            if self.channels == 1:
-                images = luminance(images)
-            images = images.float() / 127.5 - 1
+            images = as_floats(images, self.channels)
         advice = (f"its module was given {tuple(images.shape)} and must return (N, D) features; "
                   "a module for luminance needs an attribute channels = 1")
         with reading(self.path, advice):
@@ -249,15 +249,20 @@ class ScriptFeatures:
                 features = self.module(images.contiguous())
             except RuntimeError as error:  # the last line of a module's traceback has the reason
                 raise ValueError(str(error).splitlines()[-1]) from None
-            if features.ndim != 2 or len(features) != len(images):
+            if features.shape[:-1] != images.shape[:1]:
                 raise ValueError(f"it returned {tuple(features.shape)}")
         return features.float()
 
 
-def luminance(images: Tensor) -> Tensor:
-    """RGB (N, 3, H, W) uint8 -> (N, 1, H, W) uint8, exactly as Pillow's convert("L") does it."""
-    r, g, b = images.int().unbind(1)
-    return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16).to(torch.uint8)[:, None]
+def as_floats(images: Tensor, channels: int) -> Tensor:
+    """Images (N, C, H, W) uint8, C 1 or 3 -> (N, channels, H, W) float in [-1, 1].
+
+    Grey becomes RGB; RGB becomes luminance exactly as with Pillow's convert("L").
+    """
+    if channels == 1 and images.shape[1] == 3:
+        r, g, b = images.int().split(1, 1)
+        images = (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
+    return images.expand(-1, channels, -1, -1).float() / 127.5 - 1
 
 
 # ----------------------------------------------------------------------------- statistics
@@ -268,88 +273,85 @@ class Statistics:
     path: str
     mu: np.ndarray  # (D,)
     sigma: np.ndarray  # (D, D)
-    name: str  # of the network
-    digest: str | None = None  # of its file
+    features: str  # the name of the network
+    features_sha256: str | None = None  # of its file; None: unknown, as is what follows
     resize: str = "unknown"  # what is done to images before the network
-    num: int | None = None  # how many images; None: unknown
+    num: int | None = None  # how many images
     pool: Tensor = torch.empty(0)  # (min(N, KEPT), D), in a random order, the same every time
-    grey: bool | None = None  # whether all images are
+    kind: str = ""  # of its images: their size, and whether all are grey
+
+
+FACTS = ("features", "features_sha256", "resize", "num")  # in a file, beside mu and sigma
 
 
 def read_statistics(path: str, arrays) -> Statistics:
     """The statistics in an npz file of our own, pytorch-fid's or ADM's."""
     mu = arrays["mu"].astype(np.float64)
     sigma = arrays["sigma"].astype(np.float64)
-    if sigma.shape != (len(mu), len(mu)) or not np.isfinite([mu.sum(), sigma.sum()]).all():
+    if sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu.sum() + sigma.sum()):
         raise ValueError(f"got mu {mu.shape}, sigma {sigma.shape}, expected finite (D,), (D, D)")
-    found = Statistics(path, mu, sigma, f"unknown features ({len(mu)} values)")
-    if "features_sha256" in arrays:
-        found.name = str(arrays["features"])
-        found.digest = str(arrays["features_sha256"])
-        found.resize = Inception.resize if found.digest == Inception.digest else "none"
-    elif len(mu) == 2048:  # the files of pytorch-fid and ADM do not say that they are Inception's
-        found.name = Inception.name
-        found.digest = Inception.digest
-    if "num" in arrays:
-        found.num = int(arrays["num"])
-    return found
+    facts = dict(features=f"unknown features ({len(mu)} values)")
+    if len(mu) == 2048:  # the files of pytorch-fid and ADM do not say that they are Inception's
+        facts = dict(features=Inception.name, features_sha256=Inception.digest)
+    facts |= {name: arrays[name].item() for name in FACTS if name in arrays}
+    return Statistics(path, mu, sigma, **facts)
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
-    """mu and sigma as pytorch-fid saves them, the number of images, and the feature network."""
-    arrays = dict(mu=statistics.mu, sigma=statistics.sigma)
-    if statistics.resize != "unknown":
-        arrays |= dict(features=statistics.name, features_sha256=statistics.digest)
-    if statistics.num is not None:
-        arrays["num"] = statistics.num
-    write_file(path, lambda file: np.savez(file, **arrays))
+    """mu and sigma as pytorch-fid saves them, and what else is known of them."""
+    facts = {name: getattr(statistics, name) for name in FACTS}
+    facts = {name: value for name, value in facts.items() if value is not None}
+    write_file(path, lambda file: np.savez(
+        file, mu=statistics.mu, sigma=statistics.sigma, **facts))
 
 
 # ----------------------------------------------------------------------------- measuring
 @dataclass
-class Source:
-    """Images still to be measured: those of a data set, or samples still to be drawn."""
+class Side:
+    """What is compared: images still to be measured or drawn, the statistics in a file, or both."""
 
     path: str
-    num: int
-    shape: tuple[int, ...]  # of an image: (H, W, C)
-    batches: Iterable  # of this process: numbers (b,), images (b, H, W, C) uint8 or float32
+    known: Statistics | None = None  # those in its file
+    num: int = 0  # how many images
+    shape: tuple[int, ...] = ()  # of an image: (H, W, C)
+    batches: Iterable = ()  # of this process: numbers (b,), images (b, H, W, C) uint8 or float32
 
 
-def measure(source: Source, known: Statistics | None, network,
-            device: torch.device) -> Statistics | None:
-    """The statistics of a source, on the first process; None on the others.
+def measure(side: Side, network, device: torch.device) -> Statistics | None:
+    """The statistics of a side, on the first process; None on the others.
 
-    `known` are those in its file: if `network` made them they are used, as in ADM's evaluator.
+    Those in its file are used if `network` made them, as in ADM's evaluator.
     """
-    batches = list(features_of(source, network, device))
-    everyone = gather(batches)
+    if not side.num:
+        return side.known
+    everyone = gather(list(features_of(side, network, device)))
     if not everyone:
         return None
     batches = sum(everyone, [])
-    num = sum(len(numbers) for numbers, _, _ in batches)
+    num = sum(len(h) for h, _ in batches)
     if num < 2:
-        raise UserError(f"{source.path}: got {num} images, expected at least 2")
-    numbers, features = [np.concatenate(parts) for parts in zip(*batches, strict=True)][:2]
-    # The Inception Score needs its images in random order; this order is torch-fidelity's.
-    place = np.random.RandomState(2020).permutation(source.num).argsort()
-    pool = torch.from_numpy(features[place[numbers].argsort()[:KEPT]])
-    statistics = known
-    if not known or known.digest != network.digest:
+        raise UserError(f"{side.path}: got {num} images, expected at least 2")
+    features = np.concatenate([h for h, _ in batches])
+    statistics = side.known
+    if not statistics or statistics.features_sha256 != network.digest:
         mu = features.mean(0, dtype=np.float64)
         sigma = np.cov(features, rowvar=False)  # in float64 too
         statistics = Statistics(
-            source.path, mu, sigma, network.name, network.digest, network.resize, num)
-    statistics.pool = pool
-    statistics.grey = all(grey.all() for _, _, grey in batches)
+            side.path, mu, sigma, network.name, network.digest, network.resize, num)
+    # The Inception Score needs its images in random order; this order is torch-fidelity's.
+    order = np.random.RandomState(2020).permutation(num)
+    statistics.pool = torch.from_numpy(features[order[:KEPT]])
+    height, width, _ = side.shape
+    colours = "grey" if all(grey for _, grey in batches) else "coloured"
+    statistics.kind = f"{width}x{height} pixels, {colours}"
     return statistics
 
 
-def features_of(source: Source, network, device: torch.device) -> Iterator[tuple]:
-    """For each batch: numbers (b,), features (b, D) float32, and which images (b,) are grey."""
-    progress = Progress(f"{source.path}: image", len(share(source.num)))
+def features_of(side: Side, network, device: torch.device) -> Iterator[tuple[np.ndarray, bool]]:
+    """For each batch of this process: features (b, D) float32, and whether all images are grey."""
+    progress = Progress(f"{side.path}: image", len(share(side.num)))
     done = 0
-    for numbers, images, *_ in source.batches:
+    for numbers, images, *_ in side.batches:
         if len(numbers) == 0:  # none of these samples was finite
             continue
         pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device)
@@ -358,8 +360,8 @@ def features_of(source: Source, network, device: torch.device) -> Iterator[tuple
         h = network(pixels).cpu().numpy()
         finite = np.isfinite(h).all(1)
         if not finite.all():
-            raise UserError(f"{source.path}: {network.name} gives image {numbers[~finite][0]} "
+            raise UserError(f"{side.path}: {network.name} gives image {numbers[finite.argmin()]} "
                             "features that are not finite; remove the image or use other features")
         done += len(numbers)
         progress(done)
-        yield numbers, h, (images == images[..., :1]).all((1, 2, 3))
+        yield h, (images == images[..., :1]).all()
