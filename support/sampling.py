@@ -1,7 +1,7 @@
 """What scripts do with any model: draw images, put them in a grid, measure held-out likelihood."""
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from support.cli import Progress, UserError, warn, write_file
 from support.data import Images, dequantize, image_generators, quantize
-from support.distributed import gather, share, sum_over_processes
+from support.distributed import gather, rank_and_world, share, sum_over_processes
 
 
 # ----------------------------------------------------------------------------- layers
@@ -51,7 +52,8 @@ class Replayed:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *args):
-        tensors, kind = flattened(args)
+        values, structure = tree_flatten(args)
+        kind = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in values] + [structure]
         if self.kind is None:
             self.kind = kind
             return self.function(*args)
@@ -59,39 +61,22 @@ class Replayed:
             return self.function(*args)
         if self.graph is None:
             self.record(args)
-        for mine, new in zip(self.inputs, tensors, strict=True):
+        for mine, new in zip(tensors(self.inputs), tensors(args), strict=True):
             mine.copy_(new)
         self.graph.replay()
-        return mapped(self.outputs, Tensor.clone)
+        return tree_map_only(Tensor, Tensor.clone, self.outputs)
 
     def record(self, args: tuple) -> None:
-        mine = mapped(args, Tensor.clone)
-        self.inputs, _ = flattened(mine)
+        self.inputs = tree_map_only(Tensor, Tensor.clone, args)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.outputs = self.function(*mine)
+            self.outputs = self.function(*self.inputs)
         self.graph = graph
 
 
-def mapped(value, change: Callable):
-    """`value` with every tensor in it changed; it may be a tuple, named or not, of such values."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if not isinstance(value, tuple):
-        return value
-    parts = [mapped(part, change) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-
-def flattened(value) -> tuple[list[Tensor], object]:
-    """The tensors in a value, and what else determines how it is computed with."""
-    tensors: list[Tensor] = []
-
-    def note(tensor: Tensor) -> tuple:
-        tensors.append(tensor)
-        return tuple(tensor.shape), tensor.dtype
-
-    return tensors, mapped(value, note)
+def tensors(value) -> list[Tensor]:
+    """The tensors in a value, which may be a tuple, named or not, of such values."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 @contextlib.contextmanager
@@ -113,18 +98,18 @@ def replaying(model: nn.Module, on: bool) -> Iterator[None]:
 # ----------------------------------------------------------------------------- drawing images
 def sample_images(
     model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, start: int = 0,
-    progress: Progress | None = None, graphs: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
     """Draws an image for each label; options is an instance of the model's Sampling.
 
     Yields batches: numbers (b,) int64, images (b, H, W, C), and the same as floats (b, C, H, W).
     Images are uint8, or float32 where the model was trained on floats. Image i depends on (seed,
     start + i) and its label alone, not on batch_size. Images that are not finite are left out; a
-    warning at the end counts them. graphs: a GPU replays what it can, see `Replayed`.
+    warning at the end counts them. A GPU replays what it can, see `Replayed`.
     """
     device = device_of(model)
     lost = 0
-    with replaying(model, graphs and device.type == "cuda"):
+    with replaying(model, device.type == "cuda"):
         for i in range(0, len(labels), batch_size):
             y = labels[i:i + batch_size].to(device)
             numbers = np.arange(start + i, start + i + len(y))
@@ -140,6 +125,40 @@ def sample_images(
     if lost:
         warn(f"{lost} of {len(labels)} samples were not finite and are left out; has the model "
              "diverged?", everywhere=True)
+
+
+def draw_together(
+    model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, log_prob: bool = False,
+    quiet: bool = True,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Draws an image for each label, each process its share; see `sample_images`.
+
+    Yields on rank 0 the batches of all processes, as arrays: numbers (b,), images (b, H, W, C),
+    and with log_prob the fields of model.log_prob, each (b,) in nats. All must use this up.
+    """
+    _, world = rank_and_world()
+    mine = share(len(labels))
+    progress = Progress("sampled", len(mine), quiet)
+    made = sample_images(
+        model, labels[mine.start:mine.stop], options, seed, batch_size, mine.start, progress)
+    rounds = math.ceil(math.ceil(len(labels) / world) / batch_size)
+    for _ in range(rounds + 1):  # the last one is empty: it ends `made`
+        for batch in gather(arrays_of(next(made, None), model, labels, log_prob)):
+            if batch is not None:
+                yield batch
+
+
+def arrays_of(batch, model: nn.Module, labels: Tensor, log_prob: bool) -> dict | None:
+    """The arrays of a batch from sample_images."""
+    if batch is None:
+        return None
+    numbers, images, x = batch
+    arrays = {"numbers": numbers, "images": images}
+    if log_prob:
+        with torch.no_grad():
+            log_p = model.log_prob(x, labels[torch.from_numpy(numbers)].to(x.device))
+        arrays |= {name: values.cpu().numpy() for name, values in log_p._asdict().items()}
+    return arrays
 
 
 def has_floats(model: nn.Module) -> bool:
@@ -212,6 +231,15 @@ def shown(images: np.ndarray) -> np.ndarray:
     return images if images.dtype == np.uint8 else quantize(torch.from_numpy(images)).numpy()
 
 
+def placed(batches: Iterable[dict], num: int, config) -> np.ndarray:
+    """Batches of draw_together as `num` pictures in order, black where a sample is missing."""
+    size = config.image_size
+    pictures = np.zeros((num, size, size, config.channels), np.uint8)
+    for batch in batches:
+        pictures[batch["numbers"]] = shown(batch["images"])
+    return pictures
+
+
 def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
          column_labels: list[str] | None = None, corner: str = "") -> Image.Image:
     """uint8 images (n, H, W, C) as one picture, row by row, small ones enlarged.
@@ -253,27 +281,17 @@ def rows_of_pictures(rows: list[np.ndarray], names: list[str] | None) -> Image.I
 
 
 def sample_grid(model: nn.Module, seed: int, names: list[str] | None = None,
-                conditions: Tensor | None = None) -> Image.Image | None:
+                conditions: Tensor | None = None) -> Image.Image:
     """A picture of samples, a row of ten for each class, drawn as the model's config says.
 
-    Under torchrun every process draws its share; rank 0 gets the picture and the others None. An
-    image that is not finite stays black.
+    Every process draws its share, and rank 0 gets them all. An image that is not finite is black.
     """
     c = model.config
     classes = picture_classes(c.num_classes)
     labels = torch.tensor(classes) if c.num_classes else default_labels(5, 0, conditions)
     labels = labels.repeat_interleave(10, 0)
-    mine = share(len(labels))
-    part = labels[mine.start:mine.stop]
-    made = sample_images(model, part, c.sampling, seed, 100, mine.start)
-    everyone = gather([(numbers, shown(images)) for numbers, images, _ in made])
-    if not everyone:
-        return None
-    pictures = np.zeros((len(labels), c.image_size, c.image_size, c.channels), np.uint8)
-    for numbers, images in sum(everyone, []):
-        pictures[numbers] = images
-    rows = np.split(pictures, len(labels) // 10)
-    return rows_of_pictures(rows, class_names(classes, names, c.num_classes))
+    pictures = placed(draw_together(model, labels, c.sampling, seed, 100), len(labels), c)
+    return grid(pictures, 10, class_names(classes, names, c.num_classes))
 
 
 def data_sheet(images: Images, names: list[str] | None, num_classes: int) -> Image.Image:

@@ -252,7 +252,7 @@ def test_promise_3_processes_that_see_other_files_say_so(tmp_path, tiny_data):
     assert "process 1: " in printed and "d.npz" in printed
     assert not (tmp_path / "n0/other").exists()
     np.savez(tmp_path / "n1/d.npz", images=np.ones((9, 16, 16, 3), np.uint8))
-    assert "process 1: images is " in together("--data", "d.npz", "--out", "other")
+    assert "process 1: data is " in together("--data", "d.npz", "--out", "other")
 
 
 def second_fails_in_step_3(rank: int) -> None:
@@ -267,14 +267,14 @@ def second_fails_in_step_3(rank: int) -> None:
 
 
 def second_fails_in_batch_3(rank: int) -> None:
-    real = sample.arrays_of
+    real = sampling.arrays_of
 
     def arrays_of(batch, *args):
         if rank == 1 and batch is not None and batch[0][0] == 34:
             raise ValueError("this one fails")
         return real(batch, *args)
 
-    sample.arrays_of = arrays_of
+    sampling.arrays_of = arrays_of
 
 
 def second_is_stopped_in_step_3(rank: int) -> None:
@@ -457,7 +457,7 @@ def test_promise_6_eval_scores_held_out_images_of_this_set_and_all_of_another(
         assert json.loads(capsys.readouterr().out)["images"] == count
     train.main(["--eval", str(small_run)])
     assert "the likelihood of its training images" in capsys.readouterr().err
-    fails(capsys, train, ["--eval", "run", "--lr", "1"], "lr", "only data")
+    fails(capsys, train, ["--eval", "run", "--lr", "1"], "lr is 0.003", "1.0 was asked for")
 
 
 @pytest.mark.parametrize("mistake, error", [

@@ -168,17 +168,16 @@ class FakeGraph:
     """In place of torch.cuda.CUDAGraph: replaying computes again, in the same memory."""
 
     def replay(self):
-        outputs, _ = sampling.flattened(self.replayed.function(*self.mine))
-        for old, new in zip(sampling.flattened(self.replayed.outputs)[0], outputs, strict=True):
+        outputs = sampling.tensors(self.replayed.function(*self.replayed.inputs))
+        for old, new in zip(sampling.tensors(self.replayed.outputs), outputs, strict=True):
             old.copy_(new)
 
 
 def record(self, args):
     self.graph = FakeGraph()
     self.graph.replayed = self
-    self.graph.mine = sampling.mapped(args, torch.Tensor.clone)
-    self.inputs, _ = sampling.flattened(self.graph.mine)
-    self.outputs = self.function(*self.graph.mine)
+    self.inputs = sampling.tree_map_only(torch.Tensor, torch.Tensor.clone, args)
+    self.outputs = self.function(*self.inputs)
 
 
 def test_a_replayed_model_draws_the_same_images_and_is_itself_again(small_run, monkeypatch):
