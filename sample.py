@@ -43,7 +43,6 @@ from support.sampling import (
     in_use,
     picture_classes,
     placed,
-    rows_of_pictures,
     shown,
     write_picture,
 )
@@ -128,22 +127,25 @@ def parse_sweep(text: str, options) -> dict[str, object]:
     return columns
 
 
-def draw(model, labels: Tensor, options, args) -> tuple[list[dict], bool]:
-    """Draws the images -> the batches that came, and whether something stopped it.
+def draw(model, labels: Tensor, columns: dict, args) -> tuple[dict[str, list], bool]:
+    """Draws the images once for each column, whose values are settings of sampling.
 
-    That is Ctrl-C, or the end of another process.
+    Returns on rank 0 the batches of each column that has some, and whether Ctrl-C or the end of
+    another process stopped it.
     """
-    say(f"drawing {len(labels)} images: {in_use(model, options)}", sys.stderr)
-    found = []
+    drawn = {}
     try:
-        for batch in draw_together(model, labels, options, args.seed, args.batch_size,
-                                   args.log_prob, quiet=False):
-            found.append(batch)
+        for name, options in columns.items():
+            say(f"drawing {len(labels)} images: {in_use(model, options)}", sys.stderr)
+            for batch in draw_together(model, labels, options, args.seed, args.batch_size,
+                                       args.log_prob, quiet=False):
+                drawn.setdefault(name, []).append(batch)
+        leave()
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_lost(error):
             raise
-        return found, True
-    return found, False
+        return drawn, True
+    return drawn, False
 
 
 def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10) -> Image.Image:
@@ -156,7 +158,7 @@ def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10
     order = np.argsort(values)
     parts = []
     for row in (order[:columns], order[-columns:]):
-        parts.append(grid(shown(images[row]), columns, None, [f"{v:.2f}" for v in values[row]]))
+        parts.append(grid([shown(images[row])], None, [f"{v:.2f}" for v in values[row]]))
     return Image.fromarray(np.concatenate(parts))
 
 
@@ -195,14 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = choices[rows]
 
     start = time.monotonic()
-    drawn = []
-    stopped = False
-    for choice in columns.values():
-        if not stopped:
-            batches, stopped = draw(model, labels, choice, args)
-            drawn += [batches] if batches else []
-    if not stopped:
-        leave()
+    drawn, stopped = draw(model, labels, columns, args)
     if rank > 0:
         return
     if not drawn:
@@ -210,25 +205,25 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
     if args.sweep:
-        tiles = np.stack([placed(batches, num, c) for batches in drawn], 1)
+        tiles = np.stack([placed(batches, num, c) for batches in drawn.values()], 1)
         write_picture(out, grid(
-            np.concatenate(tiles), len(drawn), class_names(labels.tolist(), names, c.num_classes),
-            list(columns)[:len(drawn)], args.sweep.partition("=")[0]))
+            tiles, class_names(labels.tolist(), names, c.num_classes), list(drawn),
+            args.sweep.partition("=")[0]))
     elif picture:
-        images = placed(drawn[0], num, c)
-        write_picture(out, rows_of_pictures(
-            [images[rows == row] for row in range(len(choices))],
-            class_names(classes, names, c.num_classes)))
+        images = placed(drawn[""], num, c)
+        write_picture(out, grid([images[rows == row] for row in range(len(choices))],
+                                class_names(classes, names, c.num_classes)))
     else:
-        log_p = {name: np.concatenate([batch[name] for batch in drawn[0]]) for name in drawn[0][0]}
-        order = log_p["numbers"].argsort()
-        log_p = {name: values[order] for name, values in log_p.items()}
-        numbers, images = log_p.pop("numbers"), log_p.pop("images")
+        numbers, images, log_p = zip(*drawn[""], strict=True)
+        order = np.concatenate(numbers).argsort()
+        numbers = np.concatenate(numbers)[order]
+        images = np.concatenate(images)[order]
+        log_p = {name: np.concatenate([part[name] for part in log_p])[order] for name in log_p[0]}
         write_file(out, lambda file: np.savez(
             file, arr_0=images, arr_1=labels.numpy()[numbers], numbers=numbers, **log_p))
         if log_p and len(images) and can_be_shown(model):
             write_picture(out.with_suffix(".png"), extremes(images, log_p))
-    total = sum(len(batch["numbers"]) for batches in drawn for batch in batches)
+    total = sum(len(numbers) for batches in drawn.values() for numbers, _, _ in batches)
     if stopped:
         print(f"stopped: {out} holds {total} of {num * len(columns)} images", file=sys.stderr)
         sys.exit(130)

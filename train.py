@@ -160,22 +160,22 @@ class How:
         check_settings(self)
 
 
+def cosine(train: Train, step: int) -> float:
+    """Falls from 1 at the first step to 0 at the end, over all steps, warm-up included."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
+
+
 def noise_at(train: Train, step: int) -> float | None:
     """Std of the dequantisation noise at a step: a cosine from noise_start to noise_end (3.2)."""
     if train.noise in ("uniform", "none"):
         return None  # these kinds have no std to set
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
-    return train.noise_end + (train.noise_start - train.noise_end) * cosine
+    return train.noise_end + (train.noise_start - train.noise_end) * cosine(train, step)
 
 
 def lr_at(train: Train, step: int) -> float:
-    """Learning rate at a step: linear warm-up times a cosine from lr to lr * lr_end.
-
-    The cosine runs over all steps, including the warm-up.
-    """
+    """Learning rate at a step: linear warm-up times a cosine from lr to lr * lr_end."""
     warm = min(1.0, (step + 1) / max(1, train.warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / train.steps))
-    return train.lr * warm * (train.lr_end + (1 - train.lr_end) * cosine)
+    return train.lr * warm * (train.lr_end + (1 - train.lr_end) * cosine(train, step))
 
 
 def drop_labels(model: nn.Module, labels: Tensor, numbers: Tensor, train: Train) -> Tensor:
@@ -572,6 +572,10 @@ def train_model(args, how: How, module, saved: Saved | None, out: Path,
                     write_picture(out / "samples.png", picture)
         net.train()
 
+    def due(every: int) -> bool:
+        """Whether it is time for what happens at the end and every so many steps (0: not else)."""
+        return run.step == train.steps or every > 0 and run.step % every == 0
+
     if run.step == 0:
         save_run()  # a run that diverges early leaves something to look at
         if rank == 0 and not has_floats(model):
@@ -668,20 +672,17 @@ def train_model(args, how: How, module, saved: Saved | None, out: Path,
 
                 # Log, save, draw.
                 step = run.step
-                last = step == train.steps
-                if last or step in (1, 2, 5, 10, 20) or step % how.log_every == 0:
+                if due(how.log_every) or step in (1, 2, 5, 10, 20):
                     values = log.means() | dict(lr=lr, sigma=sigma, skipped=run.skipped)
                     pace = max(seconds, 1e-9) / (step - reported)  # seconds a step
                     run.minutes += seconds / 60
                     values |= dict(images_per_s=train.batch_size / pace, minutes=run.minutes)
                     log.write(step, values, f"{duration(pace * (train.steps - step))} left")
                     seconds, reported = 0.0, step
-                if last or step % how.save_every == 0:
+                if due(how.save_every):
                     save_run()
-                validate = last or (how.val_every and step % how.val_every == 0)
-                draw = last or (how.sample_every and step % how.sample_every == 0)
-                if validate or draw:
-                    validate_and_draw(validate, draw)
+                if due(how.val_every) or due(how.sample_every):
+                    validate_and_draw(due(how.val_every), due(how.sample_every))
             if run.step > saved_at:
                 save_run()
     except (UserError, OSError) as error:

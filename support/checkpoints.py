@@ -143,14 +143,12 @@ def read(path: str | Path) -> Saved:
             raise ValueError("it has another format")
         version = content["version"]
         if version != VERSION:
-            advice = "check out commit 6f2226f, which reads it" if version == 3 else (
-                "use the code that wrote it")
-            raise UserError(f"{file}: checkpoint version {version}, expected {VERSION}; {advice}, "
-                            "or train again")
-        name = content["model"]
+            raise UserError(f"{file}: checkpoint version {version}, expected {VERSION}; use the "
+                            "code that wrote it (commit 6f2226f reads version 3), or train again")
+        name = str(content["model"])
         parts = [content["config"], content["weights"], content.get("floats", False)]
         parts.append(content["extra"])
-    return Saved(file, model_file(str(name), beside=file.parent), *parts)
+    return Saved(file, model_file(name, beside=file.parent), *parts)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
