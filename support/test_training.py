@@ -187,24 +187,18 @@ def test_every_step_equals_a_loop_written_by_hand(small_model, monkeypatch, opti
     torch.Tensor.bfloat16, lambda x: x.to(dtype=torch.bfloat16, copy=True)])
 def test_muon_is_in_float32_where_bfloat16_is_emulated(fast, cast, monkeypatch):
     monkeypatch.setattr(train, "bf16_is_fast", lambda device: fast)
-    torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8, bias=False)
     layer.layers = lambda: [layer]
     _, muon = train.optimizers(layer, "muon", lr=0.1, weight_decay=0.0)
-    before = layer.weight.detach().clone()
     layer(torch.randn(4, 8)).square().sum().backward()
-    seen = []
+    seen = set()
     matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__",
-                        lambda a, b: seen.append(a.dtype) or matmul(a, b))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.add(a.dtype) or matmul(a, b))
     muon.step()
-    update = before - layer.weight.detach()
-    assert set(seen) == {torch.bfloat16 if fast else torch.float32}
-    singular = torch.linalg.svdvals(update / (0.1 * 0.2 * math.sqrt(8)))
-    assert singular[:4].sub(1).abs().max() < 0.4  # orthogonal where the gradient has a direction
+    assert seen == {torch.bfloat16 if fast else torch.float32}
     with train.Float32():  # torch 2.13 casts in the first way, 2.15 in the second
-        copy = cast(before)
-    assert copy.dtype == torch.float32 and copy.data_ptr() != before.data_ptr()
+        copy = cast(layer.weight)
+    assert copy.dtype == torch.float32 and copy.data_ptr() != layer.weight.data_ptr()
 
 
 # ----------------------------------------------------------------------------- start
@@ -252,25 +246,23 @@ def test_pictures_and_likelihood_use_the_averages_at_their_steps(small_model, mo
     spy("evaluate")
     spy("sample_grid")
     monkeypatch.setattr(train, "lr_at", lambda settings, step: steps.append(step + 1) or 0.01)
-    train.main([*FLAGS, *("--steps 7 --ema 0.9 --holdout 1 --val-every 3 --sample-every 2 "
-                          "--noise-end 0.03 --log-every 100").split()])
+    run(train, *FLAGS, *("--steps 7 --ema 0.9 --holdout 1 --val-every 3 --sample-every 2 "
+                         "--noise-end 0.03 --log-every 100").split())
     assert [(name, step) for name, step, _ in calls] == [
         ("sample_grid", 2), ("evaluate", 3), ("sample_grid", 4), ("evaluate", 6),
         ("sample_grid", 6), ("evaluate", 7), ("sample_grid", 7)]
-    content = checkpoint(Path("run"))
-    assert same_weights(calls[-1][2], content["weights"])
-    assert not same_weights(content["weights"], content["extra"]["raw_weights"])
+    assert same_weights(calls[-1][2], weights("run"))
+    assert not same_weights(weights("run"), extra("run")["raw_weights"])
     assert logged("run", "step") == [1, 2, 3, 5, 6, 7, 7]
 
 
 def test_ways_to_run_reach_the_layers_and_the_pass(small_model, monkeypatch):
     prepared = []
     monkeypatch.setattr(train, "prepare_layers", lambda *args: prepared.append(args[1:]))
-    train.main([*FLAGS, "--precision", "bfloat16", "--compile", "--checkpointing"])
+    run(train, *FLAGS, "--precision", "bfloat16", "--compile", "--checkpointing")
     assert prepared == [(True, True)] and set(logged("run", "half")) == {1.0}
-    train.main([*FLAGS[:-1], "other"])
-    assert prepared[1:] == [(False, False)]
-    assert json.loads(open("other/log.jsonl").readline())["half"] == 0.0
+    run(train, *FLAGS[:-1], "other")
+    assert prepared[1:] == [(False, False)] and set(logged("other", "half")) == {0.0}
 
 
 def test_tf32_is_for_training_in_bfloat16_on_a_gpu_alone():
@@ -293,10 +285,10 @@ def test_what_a_model_cannot_do_is_refused(small_model, capsys):
 
 # ----------------------------------------------------------------------------- other beginnings
 def test_a_longer_schedule_says_what_moves(small_model, capsys):
-    train.main([*FLAGS, "--noise-end", "0.05"])
-    train.main(["--resume", "--out", "run", "--steps", "8", "--log-every", "1"])
+    run(train, *FLAGS, "--noise-end", 0.05)
+    run(train, "--resume", "--out", "run", "--steps", 8, "--seed", 1, "--log-every", 1)
     warned = capsys.readouterr().err
-    assert "steps was 4 and is 8 from step 4 on" in warned
+    assert "seed was 0 and is 1" in warned and "steps was 4 and is 8 from step 4 on" in warned
     assert "lr goes from 5e-07 to 2.5" in warned and "noise from 0.05 to 0.075" in warned
     assert logged("run", "step") == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -354,16 +346,16 @@ def test_floats_and_vectors_train_resume_are_scored_and_sampled_as_they_are(
     monkeypatch.setattr(train, "save", keep)
     argv = [*FLAGS, "--model", "floats", "--data", "latents", "--num-classes", "0", "--holdout",
             "5", "--label-drop", "0.4", "--save-every", "2", "--noise-end", "2"]
-    train.main(argv)
+    run(train, *argv)
     for step in (0, 2):
-        train.main(["--resume", "--out", f"from{step}", "--micro-batch", "2"])
-        assert same_weights(weights(tmp_path / "run"), weights(tmp_path / f"from{step}"))
+        run(train, "--resume", "--out", f"from{step}", "--micro-batch", 2)
+        assert same_weights(weights("run"), weights(f"from{step}"))
     assert not (tmp_path / "run/samples.png").exists() and logged("run", "val_images") == [5]
     capsys.readouterr()
-    train.main(["--eval", "run"])
-    assert json.loads(capsys.readouterr().out)["nats_per_dim"] == pytest.approx(
-        logged("run", "val_nats_per_dim")[0])
-    sample.main(["run", "--num", "20", "--out", "x.npz"])
+    run(train, "--eval", "run")
+    scored = json.loads(capsys.readouterr().out)["nats_per_dim"]
+    assert [scored] == pytest.approx(logged("run", "val_nats_per_dim"))
+    run(sample, "run", "--num", 20, "--out", "x.npz")
     with np.load("x.npz") as file:
         assert file["arr_0"].dtype == np.float32 and np.abs(file["arr_0"]).max() > 5
         vectors = file["arr_1"]
@@ -416,6 +408,6 @@ def test_time_spent_on_saving_and_drawing_is_not_training(small_model, monkeypat
     monkeypatch.setattr(train, "lr_at", takes(3, train.lr_at))  # once a step
     monkeypatch.setattr(train, "save", takes(1000, train.save))
     monkeypatch.setattr(train, "sample_grid", takes(1000, train.sample_grid))
-    train.main([*FLAGS, "--save-every", "1", "--sample-every", "1"])
+    run(train, *FLAGS, "--save-every", 1, "--sample-every", 1)
     assert logged("run", "images_per_s") == [2.0] * 4
     assert logged("run", "minutes") == pytest.approx([0.05, 0.1, 0.15, 0.2])
