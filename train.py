@@ -385,11 +385,11 @@ def saved_run(saved: Saved) -> Run:
 def refuse_changes(args, saved: Saved, run: Run, free: Iterable[str]) -> None:
     """Raises UserError for a flag that differs from a checkpoint, unless it is one of `free`."""
     have = saved.config | vars(run.training) | dict(preset=run.preset, precision=run.precision)
-    for name in have.keys() - set(free):
+    for name, before in have.items():
         value = getattr(args, name, None)
-        if value not in (None, "auto", have[name]):
-            raise UserError(f"{name} is {have[name]} in {saved.file}, but {value} was asked for; "
-                            "leave the flag out, or start a new run with another --out")
+        if name not in free and value not in (None, "auto", before):
+            raise UserError(f"{name} is {before} in {saved.file}, but {value} was asked for; leave "
+                            "the flag out, or start a new run with another --out")
 
 
 def new_run(args, module, precision: str) -> tuple[object, Run]:

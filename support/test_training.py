@@ -290,7 +290,9 @@ def test_a_longer_schedule_says_what_moves(small_model, capsys):
     warned = capsys.readouterr().err
     assert "seed was 0 and is 1" in warned and "steps was 4 and is 8 from step 4 on" in warned
     assert "lr goes from 5e-07 to 2.5" in warned and "noise from 0.05 to 0.075" in warned
+    run(train, "--resume", "--out", "run")  # finished: nothing is left to do
     assert logged("run", "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert "steps 8 to 8" in capsys.readouterr().out
 
 
 def test_distillation_starts_with_the_teachers_last_noise(small_run, tmp_path, capsys):
