@@ -298,7 +298,7 @@ def test_a_longer_schedule_says_what_moves(small_model, capsys):
 def test_distillation_starts_with_the_teachers_last_noise(small_run, tmp_path, capsys):
     out = tmp_path / "student"
     run(train, "--distill", small_run, "--out", out, "--log-every", 1, "--sample-every", 0,
-        "--device", "cpu")
+        "--device", "cpu", "--resume")  # there is nothing to resume yet, so it begins
     teacher, student = extra(small_run), extra(out)
     assert student["distill"]
     assert student["training"]["steps"] == teacher["training"]["steps"] // 5 == 2
