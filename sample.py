@@ -10,9 +10,7 @@ An .npz has the names that ADM's evaluator and others expect: arr_0 holds images
 or what else the model was trained on, and arr_1 their labels; `numbers` are those of the images.
 Ctrl-C writes what is there.
 """
-import argparse
 import dataclasses
-import math
 import sys
 import time
 
@@ -21,38 +19,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from support.checkpoints import (
-    DEFAULT_MODEL,
-    checkpoint_path,
-    first_checkpoint,
-    model_file,
-    read,
-    restore,
-)
+from support.checkpoints import DEFAULT_MODEL, first_checkpoint, model_file, read, restore
 from support.cli import (
     Parser,
-    Progress,
     UserError,
     at_least,
     check_writable,
     duration,
     given,
-    is_first,
     is_lost,
     run_script,
+    say,
     write_file,
 )
-from support.distributed import gather, join, leave, pick_device, rank_and_world, share
+from support.distributed import join, leave, pick_device
 from support.sampling import (
     can_be_shown,
     check_options,
     class_names,
     default_labels,
+    draw_together,
     grid,
     in_use,
     picture_classes,
-    rows_of_pictures,
-    sample_images,
+    placed,
     shown,
     write_picture,
 )
@@ -85,13 +75,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
                         help="seed; the noise of image i depends on it and on i alone (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True,
-                        help="let a GPU record the loops over tokens and replay them from the "
-                        "third batch on (default: on; a CPU never does)")
     parser.add_settings("sampling (defaults of the checkpoint)", defaults)
     args = parser.parse_args(argv)
-    if saved is None or saved.file != checkpoint_path(args.checkpoint):
-        saved = read(args.checkpoint)
+    saved = saved or read(args.checkpoint)
     if args.out is None:
         args.out = "sweep.png" if args.sweep else "samples.png"
     if not args.out.endswith((".png", ".npz")):
@@ -141,57 +127,25 @@ def parse_sweep(text: str, options) -> dict[str, object]:
     return columns
 
 
-def draw(model, labels: Tensor, options, args) -> tuple[dict[str, np.ndarray], bool]:
-    """Draws the images, each process its share.
+def draw(model, labels: Tensor, columns: dict, args) -> tuple[dict[str, list], bool]:
+    """Draws the images once for each column, whose values are settings of sampling.
 
-    On rank 0 returns arrays of the finite images, in order: numbers (n,), images (n, H, W, C), and
-    with --log-prob its fields, each (n,) in nats; and whether Ctrl-C or the end of another process
-    stopped it.
+    Returns on rank 0 the batches of each column that has some, and whether Ctrl-C or the end of
+    another process stopped it.
     """
-    if is_first():
-        print(f"drawing {len(labels)} images: {in_use(model, options)}", file=sys.stderr)
-    _, world = rank_and_world()
-    mine = share(len(labels))
-    made = sample_images(
-        model, labels[mine.start:mine.stop], options, args.seed, args.batch_size, mine.start,
-        Progress("sampled", len(mine)), args.graphs)
-    rounds = math.ceil(math.ceil(len(labels) / world) / args.batch_size)
-    found = []
-    stopped = False
+    drawn = {}
     try:
-        for _ in range(rounds + 1):  # the last one is empty: it ends `made`
-            found += gather(arrays_of(next(made, None), model, labels, args.log_prob))
+        for name, options in columns.items():
+            say(f"drawing {len(labels)} images: {in_use(model, options)}", sys.stderr)
+            for batch in draw_together(model, labels, options, args.seed, args.batch_size,
+                                       args.log_prob, quiet=False):
+                drawn.setdefault(name, []).append(batch)
+        leave()
     except (KeyboardInterrupt, RuntimeError) as error:
-        stopped = isinstance(error, KeyboardInterrupt) or is_lost(error)
-        if not stopped:
+        if isinstance(error, RuntimeError) and not is_lost(error):
             raise
-    found = [batch for batch in found if batch is not None]
-    if not found:
-        return {}, stopped
-    arrays = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    order = arrays["numbers"].argsort()
-    return {name: array[order] for name, array in arrays.items()}, stopped
-
-
-def arrays_of(batch, model, labels: Tensor, log_prob: bool) -> dict[str, np.ndarray] | None:
-    """The arrays of a batch from sample_images."""
-    if batch is None:
-        return None
-    numbers, images, x = batch
-    arrays = {"numbers": numbers, "images": images}
-    if log_prob:
-        with torch.no_grad():
-            log_p = model.log_prob(x, labels[torch.from_numpy(numbers)].to(x.device))
-        arrays |= {name: values.cpu().numpy() for name, values in log_p._asdict().items()}
-    return arrays
-
-
-def placed(num: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """All `num` images in order, black where a sample is missing."""
-    images = shown(arrays["images"])
-    tiles = np.zeros((num, *images.shape[1:]), np.uint8)
-    tiles[arrays["numbers"]] = images
-    return tiles
+        return drawn, True
+    return drawn, False
 
 
 def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10) -> Image.Image:
@@ -204,7 +158,7 @@ def extremes(images: np.ndarray, log_p: dict[str, np.ndarray], columns: int = 10
     order = np.argsort(values)
     parts = []
     for row in (order[:columns], order[-columns:]):
-        parts.append(grid(shown(images[row]), columns, None, [f"{v:.2f}" for v in values[row]]))
+        parts.append(grid([shown(images[row])], None, [f"{v:.2f}" for v in values[row]]))
     return Image.fromarray(np.concatenate(parts))
 
 
@@ -217,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     model = restore(saved, device)
     c = model.config
     if args.log_prob and not hasattr(model, "log_prob"):
-        raise UserError(f"--log-prob: {saved.name} has no likelihood")
+        raise UserError(f"--log-prob: {model.model_name} has no likelihood")
     if picture and not can_be_shown(model):
         raise UserError(f"--out: got {out}, but this model makes arrays of {c.channels} channels, "
                         "which are no pictures; expected X.npz")
@@ -234,24 +188,16 @@ def main(argv: list[str] | None = None) -> None:
     choices = torch.tensor(classes)
     if saved.extra.get("conditions") is not None:
         choices = saved.extra["conditions"][:5 if picture else None]
-    usual = 1000
-    if picture:
-        usual = len(choices) * (1 if args.sweep else 10)
-    num = args.num or usual
+    num = args.num or 1000
+    if picture and args.num is None:
+        num = len(choices) * (1 if args.sweep else 10)
     rows = default_labels(num, len(choices))
     if picture:
         rows = rows.sort().values  # puts the images of a class side by side
     labels = choices[rows]
 
     start = time.monotonic()
-    drawn = []
-    stopped = False
-    for choice in columns.values():
-        if not stopped:
-            arrays, stopped = draw(model, labels, choice, args)
-            drawn += [arrays] if arrays else []
-    if not stopped:
-        leave()
+    drawn, stopped = draw(model, labels, columns, args)
     if rank > 0:
         return
     if not drawn:
@@ -259,23 +205,25 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
     if args.sweep:
-        tiles = np.stack([placed(num, arrays) for arrays in drawn], 1)
+        tiles = np.stack([placed(batches, num, c) for batches in drawn.values()], 1)
         write_picture(out, grid(
-            np.concatenate(tiles), len(drawn), class_names(labels.tolist(), names, c.num_classes),
-            list(columns)[:len(drawn)], args.sweep.partition("=")[0]))
+            tiles, class_names(labels.tolist(), names, c.num_classes), list(drawn),
+            args.sweep.partition("=")[0]))
     elif picture:
-        images = placed(num, drawn[0])
-        write_picture(out, rows_of_pictures(
-            [images[rows == row] for row in range(len(choices))],
-            class_names(classes, names, c.num_classes)))
+        images = placed(drawn[""], num, c)
+        write_picture(out, grid([images[rows == row] for row in range(len(choices))],
+                                class_names(classes, names, c.num_classes)))
     else:
-        log_p = dict(drawn[0])
-        numbers, images = log_p.pop("numbers"), log_p.pop("images")
+        numbers, images, log_p = zip(*drawn[""], strict=True)
+        order = np.concatenate(numbers).argsort()
+        numbers = np.concatenate(numbers)[order]
+        images = np.concatenate(images)[order]
+        log_p = {name: np.concatenate([part[name] for part in log_p])[order] for name in log_p[0]}
         write_file(out, lambda file: np.savez(
             file, arr_0=images, arr_1=labels.numpy()[numbers], numbers=numbers, **log_p))
         if log_p and len(images) and can_be_shown(model):
             write_picture(out.with_suffix(".png"), extremes(images, log_p))
-    total = sum(len(arrays["numbers"]) for arrays in drawn)
+    total = sum(len(numbers) for batches in drawn.values() for numbers, _, _ in batches)
     if stopped:
         print(f"stopped: {out} holds {total} of {num * len(columns)} images", file=sys.stderr)
         sys.exit(130)

@@ -16,7 +16,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,10 +49,19 @@ from support.cli import (
     is_first,
     reading,
     run_script,
+    say,
     warn,
     write_file,
 )
-from support.data import absolute, batches, dequantize, hold_out, image_generators, open_split
+from support.data import (
+    Split,
+    absolute,
+    batches,
+    dequantize,
+    hold_out,
+    image_generators,
+    open_split,
+)
 from support.distributed import (
     agreeing,
     bf16_is_fast,
@@ -151,22 +160,22 @@ class How:
         check_settings(self)
 
 
+def cosine(train: Train, step: int) -> float:
+    """Falls from 1 at the first step to 0 at the end, over all steps, warm-up included."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
+
+
 def noise_at(train: Train, step: int) -> float | None:
     """Std of the dequantisation noise at a step: a cosine from noise_start to noise_end (3.2)."""
     if train.noise in ("uniform", "none"):
         return None  # these kinds have no std to set
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
-    return train.noise_end + (train.noise_start - train.noise_end) * cosine
+    return train.noise_end + (train.noise_start - train.noise_end) * cosine(train, step)
 
 
 def lr_at(train: Train, step: int) -> float:
-    """Learning rate at a step: linear warm-up times a cosine from lr to lr * lr_end.
-
-    The cosine runs over all steps, including the warm-up.
-    """
+    """Learning rate at a step: linear warm-up times a cosine from lr to lr * lr_end."""
     warm = min(1.0, (step + 1) / max(1, train.warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / train.steps))
-    return train.lr * warm * (train.lr_end + (1 - train.lr_end) * cosine)
+    return train.lr * warm * (train.lr_end + (1 - train.lr_end) * cosine(train, step))
 
 
 def drop_labels(model: nn.Module, labels: Tensor, numbers: Tensor, train: Train) -> Tensor:
@@ -189,21 +198,20 @@ def optimizers(net: nn.Module, name: str, lr: float,
     Weight decay applies to matrices, including embeddings, but not to biases and norms.
     """
     params = [p for p in net.parameters() if p.requires_grad]
-    inside = set()
-    if name == "muon":
-        inside = {p for layer in layers_of(net) for p in layer.parameters() if p.dim() == 2}
-        if not inside:
-            raise UserError("--optimizer: got muon, which is for the matrices in a model's "
-                            "layers(), but this model has none; use adamw")
+    layers = layers_of(net) if name == "muon" else []
+    inside = {p for layer in layers for p in layer.parameters() if p.dim() == 2}
     matrices = [p for p in params if p.dim() >= 2 and p not in inside]
     others = [p for p in params if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
-    found = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
-    if inside:
-        layer_matrices = [p for p in params if p in inside]
-        found.append(Muon(layer_matrices, lr=lr, weight_decay=weight_decay,
-                          adjust_lr_fn="match_rms_adamw"))
-    return found
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    if name == "adamw":
+        return [adamw]
+    if not inside:
+        raise UserError("--optimizer: got muon, which is for the matrices in a model's layers(), "
+                        "but this model has none; use adamw")
+    layer_matrices = [p for p in params if p in inside]
+    return [adamw, Muon(layer_matrices, lr=lr, weight_decay=weight_decay,
+                        adjust_lr_fn="match_rms_adamw")]
 
 
 class Muon(torch.optim.Muon):
@@ -238,15 +246,17 @@ class EMA:
     """
 
     def __init__(self, params: list[Tensor], decay: float):
-        self.params = params
+        """With decay 0 there are no averages, and nothing changes."""
+        self.params = params if decay else []
         self.decay = decay
-        self.averages = [p.detach().clone() for p in params]
+        self.averages = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, n: int) -> None:
         """Updates the averages after step n, counted from 1."""
-        decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(self.averages, self.params, 1 - decay)
+        if self.params:
+            decay = min(self.decay, (1 + n) / (10 + n))
+            torch._foreach_lerp_(self.averages, self.params, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -257,12 +267,10 @@ class EMA:
         finally:
             self.swap()
 
-    @torch.no_grad()
     def swap(self) -> None:
-        for average, p in zip(self.averages, self.params, strict=True):
-            trained = p.clone()
-            p.copy_(average)
-            average.copy_(trained)
+        """Exchanges the memory of the parameters and of the averages; nothing is copied."""
+        for i, p in enumerate(self.params):
+            p.data, self.averages[i] = self.averages[i], p.data
 
 
 # ----------------------------------------------------------------------------- signals and log
@@ -280,9 +288,8 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-            if is_first():
-                print(f"{signal.Signals(number).name}: stopping after this step; send it again to "
-                      "quit now", file=sys.stderr)
+            say(f"{signal.Signals(number).name}: stopping after this step; send it again to quit "
+                "now", sys.stderr)
 
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -303,9 +310,8 @@ class Log:
         """Drops the lines after `step`, where a resumed run goes on."""
         self.file = out / "log.jsonl"
         self.steps = steps
-        self.rank, _ = rank_and_world()
         self.terms: dict[str, list[Tensor]] = {}
-        if self.rank == 0:
+        if is_first():
             lines = self.file.read_text().splitlines() if step and self.file.exists() else []
             text = "".join(f"{line}\n" for line in lines if step_of(line) <= step)
             write_file(self.file, lambda f: f.write(text.encode()))
@@ -324,7 +330,7 @@ class Log:
 
     def write(self, step: int, values: dict, note: str = "") -> None:
         """Writes one line to log.jsonl and to stdout."""
-        if self.rank > 0:
+        if not is_first():
             return
         with self.file.open("a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
@@ -350,7 +356,7 @@ class Run:
     """What a run's checkpoint holds besides the model, for --resume to be exact to the bit."""
 
     preset: str  # name in the model's PRESETS
-    training: dict  # the fields of Train
+    training: Train  # in the file a dict
     distill: bool  # the weights in training are those of `model.distiller()`
     precision: str  # float32 or bfloat16, decided when the run began
     classes: list | None = None  # names of the classes; None: they are numbers
@@ -365,18 +371,29 @@ class Run:
     raw_weights: dict | None = None  # with EMA: the trained weights; `weights` are the averages
 
 
-def saved_run(saved: Saved) -> tuple[Train, Run]:
-    """The settings and the state of the run that wrote a checkpoint."""
+def saved_run(saved: Saved) -> Run:
+    """The run that wrote a checkpoint."""
     try:
         run = Run(**saved.extra)
+        run.training = Train(**run.training)
     except TypeError:
         raise UserError(f"{saved.file}: holds a model but no training run; expected a checkpoint "
                         "that train.py wrote") from None
-    return Train(**run.training), run
+    return run
 
 
-def new_run(args, module, precision: str) -> tuple[object, Train, Run]:
-    """The preset's settings, overridden by the flags: (the model's Config, Train, Run)."""
+def refuse_changes(args, saved: Saved, run: Run, free: Iterable[str]) -> None:
+    """Raises UserError for a flag that differs from a checkpoint, unless it is one of `free`."""
+    have = saved.config | vars(run.training) | dict(preset=run.preset, precision=run.precision)
+    for name, before in have.items():
+        value = getattr(args, name, None)
+        if name not in free and value not in (None, "auto", before):
+            raise UserError(f"{name} is {before} in {saved.file}, but {value} was asked for; leave "
+                            "the flag out, or start a new run with another --out")
+
+
+def new_run(args, module, precision: str) -> tuple[object, Run]:
+    """The preset's settings, overridden by the flags: (the model's Config, Run)."""
     preset = args.preset or first_preset(module)
     config = dataclasses.replace(module.PRESETS[preset], **given(args, module.Config))
     train = Train(**module.TRAINING.get(preset, {}) | given(args, Train))
@@ -385,43 +402,31 @@ def new_run(args, module, precision: str) -> tuple[object, Train, Run]:
         sigma = train.noise_end if train.noise == "gaussian" else 0.0
         sampling = dataclasses.replace(config.sampling, denoise=sigma)
         config = dataclasses.replace(config, sampling=sampling)
-    return config, train, Run(preset, {}, distill=False, precision=precision)
+    return config, Run(preset, train, distill=False, precision=precision)
 
 
-def distilled_run(args, model: nn.Module, saved: Saved, precision: str) -> tuple[Train, Run]:
+def distilled_run(args, saved: Saved, precision: str) -> Run:
     """A student's run: the teacher's settings, but a fifth of its steps and only its last noise."""
-    train, teacher = saved_run(saved)
-    changed = given(args, type(model.config))
-    if not hasattr(model, "distiller"):
-        raise UserError(f"--distill: {saved.name} has no student; expected a run of farmer or of a "
-                        "variant of it")
-    if changed:
-        raise UserError(f"--distill: got {', '.join(changed)}, but a student keeps its teacher's "
-                        "config; leave the model's flags out")
+    teacher = saved_run(saved)
+    train = teacher.training
+    refuse_changes(args, saved, teacher, [*vars(train), "precision"])
+    if not hasattr(saved.module.Model, "distiller"):
+        raise UserError(f"--distill: {saved.module.__name__} has no student; expected a run of "
+                        "farmer or of a variant of it")
     if teacher.distill:
         raise UserError(f"--distill: {saved.file} has a student already; pass the run that it was "
                         "distilled from")
-    train = dataclasses.replace(
-        train, steps=max(1, train.steps // 5), noise_start=train.noise_end)
-    train = dataclasses.replace(train, **given(args, Train))
-    return train, Run(teacher.preset, {}, distill=True, precision=precision,
-                      classes=teacher.classes)
+    changes = dict(steps=max(1, train.steps // 5), noise_start=train.noise_end)
+    train = dataclasses.replace(train, **changes | given(args, Train))
+    return Run(teacher.preset, train, distill=True, precision=precision, classes=teacher.classes)
 
 
-def resumed_run(args, config, saved: Saved) -> tuple[Train, Run]:
+def resumed_run(args, saved: Saved) -> Run:
     """The run as it was saved. Only the data's path, steps and seed may change."""
-    before, run = saved_run(saved)
-    have = dataclasses.asdict(config) | run.training
-    have |= dict(preset=run.preset, precision=run.precision)
-    asked = given(args, Train) | given(args, type(config))
-    asked["preset"] = args.preset or run.preset
-    if args.precision in ("float32", "bfloat16"):
-        asked["precision"] = args.precision
-    for name, value in asked.items():
-        if value != have[name] and name not in ("data", "steps", "seed"):
-            raise UserError(f"--resume: {name} is {have[name]} in {saved.file}, but {value} was "
-                            "asked for; leave the flag out, or start a new run with another --out")
-    train = dataclasses.replace(before, **given(args, Train))
+    run = saved_run(saved)
+    refuse_changes(args, saved, run, ("data", "steps", "seed"))
+    before = run.training
+    train = run.training = dataclasses.replace(before, **given(args, Train))
     if train.seed != before.seed:
         warn(f"seed was {before.seed} and is {train.seed} from step {run.step} on")
     if train.steps != before.steps:
@@ -429,24 +434,27 @@ def resumed_run(args, config, saved: Saved) -> tuple[Train, Run]:
              f"run over all steps, lr goes from {lr_at(before, run.step):.3g} to "
              f"{lr_at(train, run.step):.3g} and the std of the noise from "
              f"{noise_at(before, run.step) or 0:.3g} to {noise_at(train, run.step) or 0:.3g}")
-    return train, run
+    return run
 
 
-def config_for(split, config, preset):
-    """The config of a new model of these images. Without classes there is none to guide towards."""
+def new_model(module, config, split: Split, run: Run, device: torch.device) -> nn.Module:
+    """A new model from the seed, with the classes of the data.
+
+    Without classes there is none to guide towards. The model's fit() sees up to 4,000 images with
+    the noise of step 0.
+    """
     sampling = config.sampling
-    if preset.num_classes and not split.num_classes and getattr(sampling, "guidance", 0):
+    had_classes = module.PRESETS[run.preset].num_classes
+    if had_classes and not split.num_classes and getattr(sampling, "guidance", 0):
         warn(f"the images have no classes, so samples are drawn with guidance 0 instead of "
              f"{sampling.guidance:g}")
         sampling = dataclasses.replace(sampling, guidance=0.0)
-    return dataclasses.replace(config, num_classes=split.num_classes, sampling=sampling)
-
-
-def new_model(name: str, config, images, train: Train, device: torch.device) -> nn.Module:
-    """A new model from the seed; its fit() sees up to 4,000 images with the noise of step 0."""
+    config = dataclasses.replace(config, num_classes=split.num_classes, sampling=sampling)
+    train = run.training
     torch.manual_seed(train.seed)
-    model = build(name, config)
+    model = build(module.__name__, config)
     if hasattr(model, "fit"):
+        images = split.train
         places = np.linspace(0, len(images) - 1, min(len(images), 4000)).astype(np.int64)
         pixels, _ = images.batch(places)
         generators = image_generators(train.seed, places, torch.device("cpu"))
@@ -454,8 +462,34 @@ def new_model(name: str, config, images, train: Train, device: torch.device) -> 
     return model.to(device)
 
 
-def open_data(config, train: Train, run: Run, num_classes: int | None, module):
-    """The images of a run -> Split. Fills in what the run keeps about them."""
+def begin(args, how: How, module, saved: Saved | None, out: Path, device: torch.device,
+          facts: dict):
+    """What a run begins with: (Run, Split, model, net, optimizers).
+
+    `net` computes the loss and is trained: the model itself, or the distiller of its student. All
+    that a user can do wrong shows here, before the first file is written. `facts` gets what must be
+    the same in all processes.
+    """
+    rank, world = rank_and_world()
+    if rank == 0:
+        check_folder(out, args.resume)
+    precision = pick_precision(how.precision, device)
+    num_classes = args.num_classes  # a new model gets as many as this flag says, or the data has
+    model = None
+    if saved is None:
+        config, run = new_run(args, module, precision)
+    else:
+        run = resumed_run(args, saved) if args.resume else distilled_run(args, saved, precision)
+        model = restore(saved, device)
+        config = model.config
+        num_classes = config.num_classes
+    train = dataclasses.replace(run.training, data=absolute(run.training.data))
+    run.training = train
+    passes = world * (how.micro_batch or 1)
+    if train.batch_size % passes:
+        raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {passes}: "
+                        "processes times --micro-batch; change one of these")
+
     split = open_split(
         train.data, config.image_size, config.channels, train.holdout, train.enlarge,
         classes=run.classes, num_classes=num_classes, own=getattr(module, "open_images", None))
@@ -468,68 +502,24 @@ def open_data(config, train: Train, run: Run, num_classes: int | None, module):
     if labels is not None and labels.ndim == 2:
         some = np.linspace(0, len(labels) - 1, min(len(labels), 1000)).astype(np.int64)
         run.conditions = torch.from_numpy(labels[some])
-    return split
+    facts |= dict(step=run.step, model=module.__name__, precision=run.precision)
+    facts |= vars(train) | dict(data=split.digest)  # which may lie elsewhere on another machine
 
-
-def begin(args, how: How, name: str, module, saved: Saved | None, out: Path, device: torch.device,
-          resuming: bool):
-    """What a run begins with: (Train, Run, Split, model, net, optimizers).
-
-    `net` computes the loss and is trained: the model itself, or the distiller of its student. The
-    model is None where the run is finished already. All that a user can do wrong shows here, before
-    the first file is written, and all processes begin with the same.
-    """
-    rank, world = rank_and_world()
-    facts = {}
-    with agreeing(facts):
-        if rank == 0:
-            check_folder(out, resuming)
-        precision = pick_precision(how.precision, device)
-        model = None
-        if saved is None:
-            config, train, run = new_run(args, module, precision)
-        else:
-            model = restore(saved, device)
-            config = model.config
-            if resuming:
-                train, run = resumed_run(args, config, saved)
-            else:
-                train, run = distilled_run(args, model, saved, precision)
-        train = dataclasses.replace(train, data=absolute(train.data))
-        run.training = dataclasses.asdict(train)
-        passes = world * (how.micro_batch or 1)
-        if train.batch_size % passes:
-            raise UserError(f"batch_size: got {train.batch_size}, expected a multiple of {passes}: "
-                            "processes times --micro-batch; change one of these")
-        facts |= run.training | dict(model=name, step=run.step, precision=run.precision)
-        del facts["data"]  # may lie elsewhere on another machine
-    if run.step >= train.steps:
-        return train, run, None, None, None, None
-    if args.resume and not resuming:
-        warn(f"{out} holds no ckpt.pt yet: starting at step 0")
-
-    with agreeing(facts):
-        # A new model gets as many classes as the data has, or --num-classes.
-        num_classes = args.num_classes if model is None else config.num_classes
-        split = open_data(config, train, run, num_classes, module)
-        facts["images"] = split.digest
-        if model is None:
-            config = config_for(split, config, module.PRESETS[run.preset])
-            model = new_model(name, config, split.train, train, device)
-        model.floats = split.train.array.dtype != np.uint8
-        if run.conditions is not None and train.label_drop and not hasattr(model, "drop_labels"):
-            raise UserError(f"label_drop: got {train.label_drop}, but the labels are vectors and "
-                            "the model has no drop_labels(labels, mask); expected 0")
-        net = model.distiller() if run.distill else model
-        if (how.compile or how.checkpointing) and not layers_of(net):
-            raise UserError("--compile, --checkpointing: got one of them, but the model lists no "
-                            "layers(); leave it out")
-        opts = optimizers(net, train.optimizer, train.lr, train.weight_decay)
-    return train, run, split, model, net, opts
+    if model is None:
+        model = new_model(module, config, split, run, device)
+    model.floats = split.train.array.dtype != np.uint8
+    if run.conditions is not None and train.label_drop and not hasattr(model, "drop_labels"):
+        raise UserError(f"label_drop: got {train.label_drop}, but the labels are vectors and the "
+                        "model has no drop_labels(labels, mask); expected 0")
+    net = model.distiller() if run.distill else model
+    if (how.compile or how.checkpointing) and not layers_of(net):
+        raise UserError("--compile, --checkpointing: got one of them, but the model lists no "
+                        "layers(); leave it out")
+    return run, split, model, net, optimizers(net, train.optimizer, train.lr, train.weight_decay)
 
 
 # ----------------------------------------------------------------------------- training
-def train_model(args, how: How, name: str, module, saved: Saved | None, out: Path,
+def train_model(args, how: How, module, saved: Saved | None, out: Path,
                 device: torch.device) -> None:
     """Trains to the last step, saving into `out`.
 
@@ -537,17 +527,13 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
     """
     rank, world = rank_and_world()
     file = out / "ckpt.pt"
-    resuming = saved is not None and saved.file == file
-    train, run, split, model, net, opts = begin(
-        args, how, name, module, saved, out, device, resuming)
-    if model is None:
-        if rank == 0:
-            print(f"{out}: finished at step {run.step}; to continue, pass a larger --steps")
-        leave()
-        return
+    facts = {}
+    with agreeing(facts):
+        run, split, model, net, opts = begin(args, how, module, saved, out, device, facts)
+        train = run.training
     with agreeing({}):
         if rank == 0:
-            lock = lock_folder(out, resuming)  # noqa: F841  (held until this function ends)
+            lock = lock_folder(out, args.resume)  # noqa: F841  (held until this function ends)
     micro_batch = how.micro_batch or train.batch_size // world
     passes = train.batch_size // (world * micro_batch)
     compiling = device.type == "cuda" if args.compile is None else args.compile
@@ -558,18 +544,17 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         ddp = DistributedDataParallel(
             net, device_ids=[device.index] if device.type == "cuda" else None,
             forward_sync_buffers=False, gradient_as_bucket_view=True)
-    ema = EMA(params, train.ema) if train.ema else None
-    averaged = ema.applied if train.ema else contextlib.nullcontext
+    ema = EMA(params, train.ema)
     saved_at = run.step  # the step that ckpt.pt holds
 
     def save_run() -> None:
         nonlocal saved_at
         if rank == 0:
-            extra = vars(run) | dict(optimizer=[opt.state_dict() for opt in opts])
-            if ema is not None:
-                weights = model.state_dict()
-                extra["raw_weights"] = {key: weight.clone() for key, weight in weights.items()}
-            with averaged():
+            extra = vars(run) | dict(
+                training=vars(train), optimizer=[opt.state_dict() for opt in opts])
+            if train.ema:
+                extra["raw_weights"] = model.state_dict()
+            with ema.applied():
                 save(file, model, **extra)
         saved_at = run.step
 
@@ -577,7 +562,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         """Likelihood of up to 500 held-out images, with the noise of the end; samples.png."""
         likely = hasattr(model, "log_prob") and train.noise != "none" and not run.distill
         model.eval()
-        with averaged():
+        with ema.applied():
             if validate and likely and split.held_out is not None:
                 values = evaluate(model, split.held_out, train.noise, train.noise_end, num=500)
                 log.write(run.step, {f"val_{key}": value for key, value in values.items()})
@@ -587,6 +572,10 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                     write_picture(out / "samples.png", picture)
         net.train()
 
+    def due(every: int) -> bool:
+        """Whether it is time for what happens at the end and every so many steps (0: not else)."""
+        return run.step == train.steps or every > 0 and run.step % every == 0
+
     if run.step == 0:
         save_run()  # a run that diverges early leaves something to look at
         if rank == 0 and not has_floats(model):
@@ -594,19 +583,18 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
             write_picture(out / "data.png", sheet)
     else:
         with reading(file, "use an older checkpoint"):
-            if ema is not None:
+            if train.ema:
                 model.load_state_dict(run.raw_weights)
             for opt, values in zip(opts, run.optimizer, strict=True):
                 opt.load_state_dict(values)
         run.optimizer = run.raw_weights = None
     log = Log(out, run.step, train.steps)
-    if rank == 0:
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"data: {split.summary}\n"
-              f"{name} {run.preset}: {size:.2f}M parameters, steps {run.step} to {train.steps}, "
-              f"{world} x {device}, {run.precision}, into {out}", flush=True)
-        if compiling:
-            print("compiling the layers (about a minute)", flush=True)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"data: {split.summary}\n"
+        f"{module.__name__} {run.preset}: {size:.2f}M parameters, steps {run.step} to "
+        f"{train.steps}, {world} x {device}, {run.precision}, into {out}")
+    if compiling:
+        say("compiling the layers (about a minute)")
 
     # The steps.
     order = getattr(model, "epoch_order", getattr(module, "epoch_order", None))
@@ -615,8 +603,9 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
         rank=rank, world=world, flip=train.flip, epoch_order=order)
     try:
         with stop_signals() as received, contextlib.closing(source):
-            start, start_step = time.monotonic(), run.step  # of what the next report measures
+            seconds, reported = 0.0, run.step  # of training since the last report, and its step
             while run.step < train.steps:
+                start = time.monotonic()
                 stopped = max_over_processes(sum(received), device)  # the signal's number
                 if stopped:
                     break
@@ -667,8 +656,7 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                         opt.step()
                     run.norms = (run.norms + [norm])[-100:]
                     run.outliers = 0
-                    if ema is not None:
-                        ema.update(run.step + 1)
+                    ema.update(run.step + 1)
                 else:
                     run.skipped += 1
                     run.outliers += 1
@@ -680,53 +668,44 @@ def train_model(args, how: How, name: str, module, saved: Saved | None, out: Pat
                 for opt in opts:
                     opt.zero_grad()
                 run.step += 1
+                seconds += time.monotonic() - start
 
                 # Log, save, draw.
                 step = run.step
-                last = step == train.steps
-                if last or step in (1, 2, 5, 10, 20) or step % how.log_every == 0:
+                if due(how.log_every) or step in (1, 2, 5, 10, 20):
                     values = log.means() | dict(lr=lr, sigma=sigma, skipped=run.skipped)
-                    pace = max(time.monotonic() - start, 1e-9) / (step - start_step)  # s a step
-                    run.minutes += pace * (step - start_step) / 60
+                    pace = max(seconds, 1e-9) / (step - reported)  # seconds a step
+                    run.minutes += seconds / 60
                     values |= dict(images_per_s=train.batch_size / pace, minutes=run.minutes)
                     log.write(step, values, f"{duration(pace * (train.steps - step))} left")
-                    start, start_step = time.monotonic(), step
-                saving = time.monotonic()
-                if last or step % how.save_every == 0:
+                    seconds, reported = 0.0, step
+                if due(how.save_every):
                     save_run()
-                validate = last or (how.val_every and step % how.val_every == 0)
-                draw = last or (how.sample_every and step % how.sample_every == 0)
-                if validate or draw:
-                    validate_and_draw(validate, draw)
-                start += time.monotonic() - saving  # is not training
+                if due(how.val_every) or due(how.sample_every):
+                    validate_and_draw(due(how.val_every), due(how.sample_every))
             if run.step > saved_at:
                 save_run()
     except (UserError, OSError) as error:
         raise UserError(f"{error}; saved at step {saved_at}, in {file}") from error
     leave()
     if run.step < train.steps:
-        if rank == 0:
-            print(f"stopped at step {run.step}, saved; continue with: python train.py --resume "
-                  f"--out {out}", file=sys.stderr)
+        say(f"stopped at step {run.step}, saved; continue with: python train.py --resume --out "
+            f"{out}", sys.stderr)
         sys.exit(128 + stopped)
-    if rank == 0:
-        seen = f"see {out / 'samples.png'}; more " if can_be_shown(model) else ""
-        print(f"done: {seen}samples with: python sample.py {out}")
+    seen = f"see {out / 'samples.png'}; more " if can_be_shown(model) else ""
+    say(f"done: {seen}samples with: python sample.py {out}")
 
 
 # ----------------------------------------------------------------------------- evaluation
 def evaluate_run(args, module, saved: Saved, device: torch.device) -> None:
     """--eval: prints the likelihood of the run's held-out images, its test split, or other data."""
-    free = ("data", "enlarge", "holdout", "noise", "noise_end")
-    fixed = [*given(args, module.Config), *(set(given(args, Train)) - set(free))]
-    if fixed or args.preset:
-        raise UserError(f"--eval: got {', '.join(sorted(fixed)) or 'preset'}; only "
-                        f"{', '.join(free)} may be set; the checkpoint determines the rest")
     facts = {}
     with agreeing(facts):
+        run = saved_run(saved)
+        refuse_changes(args, saved, run, ("data", "enlarge", "holdout", "noise", "noise_end",
+                                          "precision"))
+        train = dataclasses.replace(run.training, **given(args, Train))
         model = restore(saved, device)
-        train, run = saved_run(saved)
-        train = dataclasses.replace(train, **given(args, Train))
         c = model.config
         split = open_split(
             train.data, c.image_size, c.channels, 0, train.enlarge, classes=run.classes,
@@ -734,22 +713,20 @@ def evaluate_run(args, module, saved: Saved, device: torch.device) -> None:
         facts["images"] = split.digest
         own = split.digest == run.digest
         images = split.train if split.held_out is None else split.held_out
-        if train.holdout and (own or args.holdout is not None):
-            _, images = hold_out(split.train, train.holdout)
-    rank, _ = rank_and_world()
-    if rank == 0:
-        print(f"data: {split.summary}; evaluated: {len(images)} images", file=sys.stderr)
+        holdout = train.holdout if own else args.holdout
+        if holdout:
+            _, images = hold_out(split.train, holdout)
+    say(f"data: {split.summary}; evaluated: {len(images)} images", sys.stderr)
     result = evaluate(model, images, train.noise, train.noise_end, quiet=False)
     leave()
     if own and images is split.train:
         warn("the run held out no images (--holdout), so this is the likelihood of its training "
              "images")
-    if rank == 0:
-        print(json.dumps(result, indent=1))
+    say(json.dumps(result, indent=1))
 
 
 # ----------------------------------------------------------------------------- command line
-def output_directory(args, name: str) -> Path:
+def output_directory(args) -> Path:
     """--out, or by default runs/PRESET, runs/MODEL-PRESET, or the teacher's folder and -student."""
     if args.out is not None:
         return expanded(args.out)
@@ -757,54 +734,57 @@ def output_directory(args, name: str) -> Path:
         teacher = checkpoint_path(args.distill).resolve()
         teacher = teacher.parent if teacher.name == "ckpt.pt" else teacher.with_suffix("")
         return teacher.with_name(f"{teacher.name}-student")
+    name = args.model or DEFAULT_MODEL
     preset = args.preset or first_preset(model_file(name))
-    if name == DEFAULT_MODEL:
-        return Path("runs", preset)
-    return Path("runs", f"{name.rpartition('.')[2]}-{preset}")
+    prefix = "" if name == DEFAULT_MODEL else name.rpartition(".")[2] + "-"
+    return Path("runs", prefix + preset)
 
 
 def main(argv: list[str] | None = None) -> None:
     # First the flags that decide which others there are: those of a model, with a preset's values.
-    first = Parser(prog="train.py", add_help=False)
-    first.add_argument("--model", metavar="NAME",
-                       help=f"name of the model's file (default: {DEFAULT_MODEL})")
-    first.add_argument("--preset", metavar="NAME", help="model and training settings, see below")
-    first.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET or "
-                       "runs/MODEL-PRESET)")
-    first.add_argument("--resume", action="store_true",
-                       help="continue from OUT/ckpt.pt; only --steps, --seed and, if the data has "
-                       "moved, --data may change")
-    first.add_argument("--eval", metavar="DIR_OR_CKPT",
-                       help="print the held-out likelihood of a trained model")
-    first.add_argument("--distill", metavar="DIR_OR_CKPT",
-                       help="train the one-step student of a trained model")
-    args, _ = first.parse_known_args(argv)
+    parser = Parser(prog="train.py", description=__doc__, usage="python train.py [options]",
+                    add_help=False)
+    parser.add_argument("--model", metavar="NAME",
+                        help=f"name of the model's file (default: {DEFAULT_MODEL})")
+    parser.add_argument("--preset", metavar="NAME", help="model and training settings, see below")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/PRESET or "
+                        "runs/MODEL-PRESET)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from OUT/ckpt.pt; only --steps, --seed and, if the data has "
+                        "moved, --data may change")
+    parser.add_argument("--eval", metavar="DIR_OR_CKPT",
+                        help="print the held-out likelihood of a trained model; only --data, "
+                        "--enlarge, --holdout, --noise and --noise-end may change")
+    parser.add_argument("--distill", metavar="DIR_OR_CKPT",
+                        help="train the one-step student of a trained model")
+    args, _ = parser.parse_known_args(argv)
     if args.eval is not None and args.distill is not None:
         raise UserError("--eval, --distill: got both, expected only one of them")
 
     # A checkpoint knows its model.
-    name = args.model or DEFAULT_MODEL
-    saved = None
+    saved = resuming = None
     if args.eval is not None:
         saved = read(args.eval)
     else:
-        out = output_directory(args, name)
-        if args.resume and (out / "ckpt.pt").is_file():
+        out = output_directory(args)
+        resuming = args.resume and (out / "ckpt.pt").is_file()
+        if resuming:
             saved = read(out)
         elif args.distill is not None:
             saved = read(args.distill)
-    if saved is not None and args.model not in (None, saved.name):
+        if args.resume and not resuming:
+            warn(f"{out} holds no ckpt.pt yet: starting at step 0")
+    module = saved.module if saved else model_file(args.model or DEFAULT_MODEL)
+    if args.model not in (None, module.__name__):
         raise UserError(f"--model: got {args.model}, but {saved.file} holds a model of "
-                        f"{saved.name}; leave the flag out")
-    name = saved.name if saved else name
-    module = saved.module if saved else model_file(name)
+                        f"{module.__name__}; leave the flag out")
     preset = args.preset or first_preset(module)
     if preset not in module.PRESETS:
         raise UserError(f"--preset: got {preset}, expected {', '.join(module.PRESETS)}")
 
     # Then all flags. One that is not given is None.
-    parser = Parser(prog="train.py", description=__doc__, usage="python train.py [options]",
-                    parents=[first], epilog=f"presets: {', '.join(module.PRESETS)}")
+    parser.add_argument("-h", "--help", action="help")
+    parser.epilog = f"presets: {', '.join(module.PRESETS)}"
     parser.add_settings(f"training (defaults of the preset {preset})",
                         Train(**module.TRAINING.get(preset, {})))
     parser.add_settings(f"model (defaults of the preset {preset})", module.PRESETS[preset])
@@ -816,7 +796,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval is not None:
         evaluate_run(args, module, saved, device)
     else:
-        train_model(args, how, name, module, saved, out, device)
+        args.resume = resuming
+        train_model(args, how, module, saved, out, device)
 
 
 if __name__ == "__main__":

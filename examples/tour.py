@@ -130,7 +130,8 @@ def draw(rows):
         pixels = quantize(torch.stack(list(images.values()))).permute(0, 2, 3, 1).numpy()
         zoom = 96 // pixels.shape[1] + 1
         pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-        parts.append(np.asarray(grid(pixels, columns, [f"{name:8}"], list(images))))
+        titles = [*images, *[""] * (columns - len(images))]
+        parts.append(np.asarray(grid([pixels], [f"{name:8}"], titles)))
     return Image.fromarray(np.concatenate(parts))
 
 

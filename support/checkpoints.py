@@ -95,7 +95,6 @@ class Saved:
     """What a checkpoint holds, see above, with the module of its model's file."""
 
     file: Path
-    name: str
     module: ModuleType
     config: dict
     weights: dict[str, Tensor]
@@ -144,14 +143,12 @@ def read(path: str | Path) -> Saved:
             raise ValueError("it has another format")
         version = content["version"]
         if version != VERSION:
-            advice = "check out commit 6f2226f, which reads it" if version == 3 else (
-                "use the code that wrote it")
-            raise UserError(f"{file}: checkpoint version {version}, expected {VERSION}; {advice}, "
-                            "or train again")
-        name = content["model"]
+            raise UserError(f"{file}: checkpoint version {version}, expected {VERSION}; use the "
+                            "code that wrote it (commit 6f2226f reads version 3), or train again")
+        name = str(content["model"])
         parts = [content["config"], content["weights"], content.get("floats", False)]
         parts.append(content["extra"])
-    return Saved(file, name, model_file(str(name), beside=file.parent), *parts)
+    return Saved(file, model_file(name, beside=file.parent), *parts)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
@@ -171,7 +168,7 @@ def restore(saved: Saved, device: str | torch.device = "cpu") -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # loading changes no random number of the caller
             model = saved.module.Model(config)
         model.load_state_dict(saved.weights)
-    model.model_name = saved.name
+    model.model_name = saved.module.__name__
     model.floats = saved.floats
     return model.to(device).eval()
 

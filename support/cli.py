@@ -64,6 +64,12 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
 
 
+def say(message: str, file=None) -> None:
+    """Prints a line in the first process only, on stdout or on `file`."""
+    if is_first():
+        print(message, file=file, flush=True)
+
+
 def warn(message: str, everywhere: bool = False) -> None:
     """Prints a warning, in the first process only or everywhere."""
     if everywhere or is_first():

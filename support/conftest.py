@@ -3,6 +3,7 @@
 Files outside support/ import the fixtures by name.
 """
 import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -101,13 +102,31 @@ def in_process(argv: list[str], env: dict, output: Path, before: Callable | None
 
 
 # ----------------------------------------------------------------------------- runs
-def checkpoint(path: Path) -> dict:
+def run(script, *argv) -> None:
+    """Runs a script in this process."""
+    script.main([str(a) for a in argv])
+
+
+def checkpoint(path: Path | str) -> dict:
     """What the checkpoint of a run, or a file, holds."""
+    path = Path(path)
     return torch.load(path / "ckpt.pt" if path.is_dir() else path, weights_only=True)
 
 
-def weights(path: Path) -> dict:
+def weights(path: Path | str) -> dict:
     return checkpoint(path)["weights"]
+
+
+def extra(path: Path | str) -> dict:
+    """What train.py saves beside the model."""
+    return checkpoint(path)["extra"]
+
+
+def logged(path: Path | str, key: str) -> list:
+    """The values that a run logged under a name."""
+    lines = Path(path, "log.jsonl").read_text().splitlines()
+    values = [json.loads(line) for line in lines]
+    return [value[key] for value in values if key in value]
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -124,9 +143,14 @@ def tiny_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flags(tiny_data) -> list:
+    """A very small model of these digits, as train.py's flags."""
+    return [*SMALL_FLAGS, "--data", tiny_data]
+
+
+@pytest.fixture(scope="session")
 def small_run(tmp_path_factory, tiny_data) -> Path:
     """12 steps of a very small model: for what needs a run and does not look at its pictures."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    train.main(["--out", str(out), "--steps", "12", "--data", str(tiny_data), "--save-every", "6",
-                *SMALL_FLAGS])
+    run(train, *SMALL_FLAGS, "--data", tiny_data, "--out", out, "--steps", 12, "--save-every", 6)
     return out

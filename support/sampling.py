@@ -1,7 +1,7 @@
 """What scripts do with any model: draw images, put them in a grid, measure held-out likelihood."""
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from support.cli import Progress, UserError, warn, write_file
 from support.data import Images, dequantize, image_generators, quantize
-from support.distributed import gather, share, sum_over_processes
+from support.distributed import gather, rank_and_world, share, sum_over_processes
 
 
 # ----------------------------------------------------------------------------- layers
@@ -51,7 +52,8 @@ class Replayed:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *args):
-        tensors, kind = flattened(args)
+        values, structure = tree_flatten(args)
+        kind = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in values] + [structure]
         if self.kind is None:
             self.kind = kind
             return self.function(*args)
@@ -59,39 +61,22 @@ class Replayed:
             return self.function(*args)
         if self.graph is None:
             self.record(args)
-        for mine, new in zip(self.inputs, tensors, strict=True):
+        for mine, new in zip(tensors(self.inputs), tensors(args), strict=True):
             mine.copy_(new)
         self.graph.replay()
-        return mapped(self.outputs, Tensor.clone)
+        return tree_map_only(Tensor, Tensor.clone, self.outputs)
 
     def record(self, args: tuple) -> None:
-        mine = mapped(args, Tensor.clone)
-        self.inputs, _ = flattened(mine)
+        self.inputs = tree_map_only(Tensor, Tensor.clone, args)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.outputs = self.function(*mine)
+            self.outputs = self.function(*self.inputs)
         self.graph = graph
 
 
-def mapped(value, change: Callable):
-    """`value` with every tensor in it changed; it may be a tuple, named or not, of such values."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if not isinstance(value, tuple):
-        return value
-    parts = [mapped(part, change) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-
-def flattened(value) -> tuple[list[Tensor], object]:
-    """The tensors in a value, and what else determines how it is computed with."""
-    tensors: list[Tensor] = []
-
-    def note(tensor: Tensor) -> tuple:
-        tensors.append(tensor)
-        return tuple(tensor.shape), tensor.dtype
-
-    return tensors, mapped(value, note)
+def tensors(value) -> list[Tensor]:
+    """The tensors in a value, which may be a tuple, named or not, of such values."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 @contextlib.contextmanager
@@ -113,33 +98,56 @@ def replaying(model: nn.Module, on: bool) -> Iterator[None]:
 # ----------------------------------------------------------------------------- drawing images
 def sample_images(
     model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, start: int = 0,
-    progress: Progress | None = None, graphs: bool = True,
-) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+    progress: Progress | None = None, log_prob: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
     """Draws an image for each label; options is an instance of the model's Sampling.
 
-    Yields batches: numbers (b,) int64, images (b, H, W, C), and the same as floats (b, C, H, W).
-    Images are uint8, or float32 where the model was trained on floats. Image i depends on (seed,
-    start + i) and its label alone, not on batch_size. Images that are not finite are left out; a
-    warning at the end counts them. graphs: a GPU replays what it can, see `Replayed`.
+    Yields batches: numbers (b,) int64, images (b, H, W, C), and with log_prob the fields of
+    model.log_prob, each (b,) in nats. Images are uint8, or float32 where the model was trained on
+    floats. Image i depends on (seed, start + i) and its label alone, not on batch_size. Images that
+    are not finite are left out; a warning at the end counts them. A GPU replays what it can, see
+    `Replayed`.
     """
     device = device_of(model)
     lost = 0
-    with replaying(model, graphs and device.type == "cuda"):
+    with replaying(model, device.type == "cuda"):
         for i in range(0, len(labels), batch_size):
             y = labels[i:i + batch_size].to(device)
             numbers = np.arange(start + i, start + i + len(y))
             with torch.no_grad():
                 x = model.sample(y, options, image_generators(seed, numbers, device))
-            finite = x.isfinite().flatten(1).all(1)
-            lost += int((~finite).sum())
-            x = x[finite]
+                finite = x.isfinite().flatten(1).all(1)
+                lost += int((~finite).sum())
+                x = x[finite]
+                log_p = model.log_prob(x, y[finite])._asdict() if log_prob else {}
             images = (x if has_floats(model) else quantize(x)).permute(0, 2, 3, 1).cpu().numpy()
-            yield numbers[finite.cpu().numpy()], images, x
+            log_p = {name: values.cpu().numpy() for name, values in log_p.items()}
+            yield numbers[finite.cpu().numpy()], images, log_p
             if progress is not None:
                 progress(i + len(y))
     if lost:
         warn(f"{lost} of {len(labels)} samples were not finite and are left out; has the model "
              "diverged?", everywhere=True)
+
+
+def draw_together(
+    model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, log_prob: bool = False,
+    quiet: bool = True,
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """sample_images with all processes, each its share: rank 0 gets the batches of all of them.
+
+    Every process must go through the whole iterator.
+    """
+    _, world = rank_and_world()
+    mine = share(len(labels))
+    made = sample_images(
+        model, labels[mine.start:mine.stop], options, seed, batch_size, mine.start,
+        Progress("sampled", len(mine), quiet), log_prob)
+    rounds = math.ceil(math.ceil(len(labels) / world) / batch_size)
+    for _ in range(rounds + 1):  # the last one is empty: it ends `made`
+        for batch in gather(next(made, None)):
+            if batch is not None:
+                yield batch
 
 
 def has_floats(model: nn.Module) -> bool:
@@ -195,10 +203,11 @@ def check_options(options, extra: dict) -> None:
 
 def in_use(model: nn.Module, options) -> str:
     """The settings of sampling that matter most, as far as the model has them."""
-    values = {name: getattr(options, name, None) for name in ("guidance", "denoise", "inverse")}
-    if values["inverse"] == "auto":
+    names = [name for name in ("guidance", "denoise", "inverse") if hasattr(options, name)]
+    values = {name: getattr(options, name) for name in names}
+    if values.get("inverse") == "auto":
         values["inverse"] = "exact" if getattr(model, "student", None) is None else "student"
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -212,68 +221,58 @@ def shown(images: np.ndarray) -> np.ndarray:
     return images if images.dtype == np.uint8 else quantize(torch.from_numpy(images)).numpy()
 
 
-def grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None,
+def placed(batches: Iterable[tuple], num: int, config) -> np.ndarray:
+    """Batches of draw_together as `num` pictures in order, black where a sample is missing."""
+    size = config.image_size
+    pictures = np.zeros((num, size, size, config.channels), np.uint8)
+    for numbers, images, _ in batches:
+        pictures[numbers] = shown(images)
+    return pictures
+
+
+def grid(rows: Sequence[np.ndarray], row_labels: list[str] | None = None,
          column_labels: list[str] | None = None, corner: str = "") -> Image.Image:
-    """uint8 images (n, H, W, C) as one picture, row by row, small ones enlarged.
+    """Rows of uint8 images, each (n, H, W, C) with its own n, as one picture; enlarged if small.
 
     Row labels stand on the left, column labels on top, and `corner` where they meet.
     """
-    n, H, W, C = images.shape
+    _, H, W, C = rows[0].shape
     scale = math.ceil(48 / H)
     width = W * scale + 2
     height = H * scale + 2
-    if C == 1:
-        images = np.repeat(images, 3, -1)
+    columns = max(len(row) for row in [*rows, column_labels or []])
     left = 0
     if row_labels or corner:
         left = 8 + 7 * max(len(label) for label in [corner, *(row_labels or [])])
     top = 14 if column_labels else 0
-    rows = math.ceil(n / columns)
-    picture = Image.new("RGB", (left + columns * width, top + rows * height), "white")
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        tile = Image.fromarray(image).resize((W * scale, H * scale), Image.Resampling.NEAREST)
-        picture.paste(tile, (left + column * width, top + row * height))
+    picture = Image.new("RGB", (left + columns * width, top + len(rows) * height), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = Image.fromarray(image[..., 0] if C == 1 else image)
+            tile = tile.resize((W * scale, H * scale), Image.Resampling.NEAREST)
+            picture.paste(tile, (left + x * width, top + y * height))
     write = ImageDraw.Draw(picture).text
     write((4, top / 2), corner, fill="black", anchor="lm")
-    for row, label in enumerate(row_labels or []):
-        write((4, top + (row + 0.5) * height), label, fill="black", anchor="lm")
-    for column, label in enumerate(column_labels or []):
-        write((left + (column + 0.5) * width, top / 2), label, fill="black", anchor="mm")
+    for y, label in enumerate(row_labels or []):
+        write((4, top + (y + 0.5) * height), label, fill="black", anchor="lm")
+    for x, label in enumerate(column_labels or []):
+        write((left + (x + 0.5) * width, top / 2), label, fill="black", anchor="mm")
     return picture
 
 
-def rows_of_pictures(rows: list[np.ndarray], names: list[str] | None) -> Image.Image:
-    """A picture with a row for each array of uint8 images (n, H, W, C); n may differ."""
-    width = max(len(row) for row in rows)
-    tiles = np.full((len(rows), width, *rows[0].shape[1:]), 255, np.uint8)
-    for tile, row in zip(tiles, rows, strict=True):
-        tile[:len(row)] = row
-    return grid(np.concatenate(tiles), width, names)
-
-
 def sample_grid(model: nn.Module, seed: int, names: list[str] | None = None,
-                conditions: Tensor | None = None) -> Image.Image | None:
+                conditions: Tensor | None = None) -> Image.Image:
     """A picture of samples, a row of ten for each class, drawn as the model's config says.
 
-    Under torchrun every process draws its share; rank 0 gets the picture and the others None. An
-    image that is not finite stays black.
+    Every process draws its share, and rank 0 gets them all. An image that is not finite is black.
     """
     c = model.config
     classes = picture_classes(c.num_classes)
     labels = torch.tensor(classes) if c.num_classes else default_labels(5, 0, conditions)
     labels = labels.repeat_interleave(10, 0)
-    mine = share(len(labels))
-    part = labels[mine.start:mine.stop]
-    made = sample_images(model, part, c.sampling, seed, 100, mine.start)
-    everyone = gather([(numbers, shown(images)) for numbers, images, _ in made])
-    if not everyone:
-        return None
-    pictures = np.zeros((len(labels), c.image_size, c.image_size, c.channels), np.uint8)
-    for numbers, images in sum(everyone, []):
-        pictures[numbers] = images
+    pictures = placed(draw_together(model, labels, c.sampling, seed, 100), len(labels), c)
     rows = np.split(pictures, len(labels) // 10)
-    return rows_of_pictures(rows, class_names(classes, names, c.num_classes))
+    return grid(rows, class_names(classes, names, c.num_classes))
 
 
 def data_sheet(images: Images, names: list[str] | None, num_classes: int) -> Image.Image:
@@ -286,7 +285,7 @@ def data_sheet(images: Images, names: list[str] | None, num_classes: int) -> Ima
     for row in places:
         some = row[np.linspace(0, len(row) - 1, min(len(row), 10)).astype(int)]
         rows.append(images.batch(some)[0].permute(0, 2, 3, 1).numpy())
-    return rows_of_pictures(rows, class_names(classes, names, num_classes))
+    return grid(rows, class_names(classes, names, num_classes))
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> None:

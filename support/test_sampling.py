@@ -22,7 +22,8 @@ from examples import jacobi_inverse
 from support import sampling
 from support.checkpoints import load
 from support.cli import UserError, run_script
-from support.data import dequantize, image_generators, open_split
+from support.conftest import run
+from support.data import dequantize, image_generators, open_split, quantize
 
 
 def test_a_picture_has_a_row_for_each_class_that_was_asked_for(small_run, tmp_path, capsys):
@@ -33,12 +34,16 @@ def test_a_picture_has_a_row_for_each_class_that_was_asked_for(small_run, tmp_pa
         ("--labels 10 --num 3", 1, 3),  # the null class
         ("--guidance 0.5", 10, 10),
     ):
-        sample.main([str(small_run), "--out", str(out), *argv.split()])
+        run(sample, small_run, "--out", out, *argv.split())
         with Image.open(out) as picture:
             assert picture.height == rows * 50
             assert (picture.width - columns * 50) in range(8, 60)
     said = "drawing 100 images: guidance 0.5, denoise 0.05, inverse exact"
     assert said in capsys.readouterr().err
+    parts = tmp_path / "parts.png"
+    run(sample, small_run, "--out", parts, "--guidance", 0.5, "--batch-size", 30)
+    with Image.open(out) as a, Image.open(parts) as b:
+        assert np.abs(np.array(a).astype(int) - np.array(b)).max() <= 1
 
 
 def test_a_picture_of_many_classes_shows_ten_and_of_no_classes_one():
@@ -67,8 +72,7 @@ def test_a_sweep_shares_its_noise_at_guidance_0_too(small_run, tmp_path, monkeyp
 
     monkeypatch.setattr(type(model), "sample", spy)
     out = tmp_path / "x.png"
-    sample.main([str(small_run), "--num", "6", "--sweep", "guidance=0,0.00001,3",
-                 "--out", str(out)])
+    run(sample, small_run, "--num", 6, "--sweep", "guidance=0,0.00001,3", "--out", out)
     (zero, a), (_, b), (three, c) = seen
     assert zero < 1e-5 and three == 3
     assert (a - b).abs().max() < 1e-3 < (a - c).abs().max()
@@ -78,22 +82,21 @@ def test_a_sweep_shares_its_noise_at_guidance_0_too(small_run, tmp_path, monkeyp
 
 def test_log_prob_is_that_of_the_images_it_drew(small_run, tmp_path):
     out = tmp_path / "x.npz"
-    argv = ["--num", "5", "--labels", "1,4", "--log-prob", "--out", str(out)]
-    sample.main([str(small_run), *argv])
-    with np.load(out) as file:
-        assert file["arr_1"].tolist() == [1, 4, 1, 4, 1]
-        assert file["numbers"].tolist() == list(range(5))
-        parts = file["informative"] + file["redundant"] + file["logdet"]
-        np.testing.assert_allclose(file["total"], parts, rtol=1e-5)
+    run(sample, small_run, "--num", 5, "--labels", "1,4", "--log-prob", "--out", out)
     model, _ = load(small_run)
     labels = torch.tensor([1, 4, 1, 4, 1])
-    options = model.config.sampling
-    ((_, images, x),) = sampling.sample_images(model, labels, options, seed=0, batch_size=5)
-    with np.load(out) as file, torch.no_grad():
-        np.testing.assert_allclose(file["total"], model.log_prob(x, labels).total, rtol=1e-5)
-        assert file["arr_0"].dtype == np.uint8 and np.array_equal(file["arr_0"], images)
+    with torch.no_grad():
+        x = model.sample(labels, None, image_generators(0, range(5), torch.device("cpu")))
+        log_p = model.log_prob(x, labels)
+    with np.load(out) as file:
+        assert file["arr_0"].dtype == np.uint8
+        assert np.array_equal(file["arr_0"], quantize(x).permute(0, 2, 3, 1).numpy())
+        assert file["arr_1"].tolist() == labels.tolist()
+        assert file["numbers"].tolist() == list(range(5))
+        for name, values in log_p._asdict().items():
+            np.testing.assert_allclose(file[name], values, rtol=1e-5)
     with Image.open(out.with_suffix(".png")) as picture:
-        assert picture.size == (10 * 50, 2 * 64)  # the lowest and the highest, with their values
+        assert picture.size == (5 * 50, 2 * 64)  # the lowest and the highest, with their values
 
 
 @pytest.mark.parametrize("calls, argv, kept", [
@@ -104,8 +107,8 @@ def test_log_prob_is_that_of_the_images_it_drew(small_run, tmp_path):
 def test_ctrl_c_keeps_what_is_there_and_says_so(
         small_run, tmp_path, monkeypatch, capsys, calls, argv, kept):
     monkeypatch.chdir(tmp_path)
-    model, _ = load(small_run)
-    make = type(model).sample
+    kind = type(load(small_run)[0])
+    make = kind.sample
     left = [calls]
 
     def interrupted(*args):
@@ -114,18 +117,18 @@ def test_ctrl_c_keeps_what_is_there_and_says_so(
             raise KeyboardInterrupt
         return make(*args)
 
-    monkeypatch.setattr(type(model), "sample", interrupted)
+    monkeypatch.setattr(kind, "sample", interrupted)
     with pytest.raises(SystemExit) as ended:
         run_script(sample.main, [str(small_run), *argv])
     assert ended.value.code == 130 and kept in capsys.readouterr().err
-    if argv[-1] == "x.npz" and calls > 1:
+    if calls == 1:
+        assert not list(tmp_path.iterdir())
+    elif "x.npz" in argv:
         with np.load("x.npz") as file:
             assert file["arr_0"].shape == (8, 16, 16, 3) and file["arr_1"].tolist() == [*range(8)]
-    elif calls > 1:
+    else:
         with Image.open("x.png") as picture:
             assert picture.height == 4 * 50 + 14
-    else:
-        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform", "rgb"])
@@ -168,17 +171,16 @@ class FakeGraph:
     """In place of torch.cuda.CUDAGraph: replaying computes again, in the same memory."""
 
     def replay(self):
-        outputs, _ = sampling.flattened(self.replayed.function(*self.mine))
-        for old, new in zip(sampling.flattened(self.replayed.outputs)[0], outputs, strict=True):
+        outputs = sampling.tensors(self.replayed.function(*self.replayed.inputs))
+        for old, new in zip(sampling.tensors(self.replayed.outputs), outputs, strict=True):
             old.copy_(new)
 
 
 def record(self, args):
     self.graph = FakeGraph()
     self.graph.replayed = self
-    self.graph.mine = sampling.mapped(args, torch.Tensor.clone)
-    self.inputs, _ = sampling.flattened(self.graph.mine)
-    self.outputs = self.function(*self.graph.mine)
+    self.inputs = sampling.tree_map_only(torch.Tensor, torch.Tensor.clone, args)
+    self.outputs = self.function(*self.inputs)
 
 
 def test_a_replayed_model_draws_the_same_images_and_is_itself_again(small_run, monkeypatch):
@@ -193,13 +195,13 @@ def test_a_replayed_model_draws_the_same_images_and_is_itself_again(small_run, m
 
     def images():
         made = sampling.sample_images(model, labels, options, seed=0, batch_size=3)
-        return torch.cat([x for _, _, x in made])
+        return np.concatenate([batch for _, batch, _ in made]).astype(int)
 
     expected = images()
     assert len(model.replayable()) == 1 + model.config.flow_blocks
     with sampling.replaying(model, on=True):
         again = images()
-    assert torch.allclose(again, expected, atol=1e-6)
+    assert np.abs(again - expected).max() <= 1 and len(np.unique(expected)) > 50
     assert len(replays) == 2 * len(model.replayable())  # batches 2 and 3 of 3, 3, 3 and 1
     assert not any("inverse" in vars(block) for block in model.flow.blocks)
     assert "sample_informative" not in vars(model.prior)
