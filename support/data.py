@@ -817,28 +817,25 @@ def read_cifar(files: Files) -> Splits:
     return parts
 
 
-def cifar_batch(files: Files, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The planes (n, 3072) and the labels (n,) of the images in one batch."""
+def cifar_batch(files: Files, name: str) -> tuple[np.ndarray, list[int]]:
+    """The planes (n, 3072) and the labels of the images in one batch."""
     with reading(f"{files.shown}/{name}", "expected a batch of CIFAR-10; replace it"):
         content = files.read(name)
         if name.endswith(".bin"):
             records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
             return records[:, 1:], records[:, 0]
-        batch = Unpickler(io.BytesIO(content), encoding="latin1").load()
-        batch = {str(k, "latin1") if isinstance(k, bytes) else k: batch[k] for k in batch}
-        return batch["data"].reshape(-1, 3072), np.array(batch["labels"])
+        batch = Unpickler(io.BytesIO(content), encoding="latin1").load()  # Python 2's text
+        return batch["data"].reshape(-1, 3072), batch["labels"]
 
 
 class Unpickler(pickle.Unpickler):
     """Reads arrays, and runs no code: a pickle that asks for anything else is refused."""
 
     allowed = {
-        "_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
-        "encode": lambda text, _: text.encode("latin1"),  # how Python 3 may write bytes
-    }
+        "_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
 
     def find_class(self, module, name):
-        if module.split(".")[0] in ("numpy", "_codecs") and name in self.allowed:
+        if module.split(".")[0] == "numpy" and name in self.allowed:
             return self.allowed[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
