@@ -677,10 +677,8 @@ def read_part(files: Files) -> Splits:
             files = files.inside(folder_of(name))
             return {"train": Images(files.shown, files, json_labels(files))}
     files = files.inside(root)
-    path = files.shown
-    folders = [folder_of(name) for name in files.names]
-    number = {folder: printable(folder[:-1]) for folder in set(folders)}
-    flat = list(number) == [""]
+    names = {folder: printable(folder[:-1]) for folder in set(map(folder_of, files.names))}
+    flat = list(names) == [""]
     if not is_image(files.names[0]):
         if not flat:
             raise files.unexpected()
@@ -690,15 +688,16 @@ def read_part(files: Files) -> Splits:
         return {"train": read_npy(files.path)}
     if flat:  # the name of a single folder may mean nothing: it is no label
         outer = [printable(Path(root).name)] if root else None
-        return {"train": Images(path, files, classes=outer)}
-    if any(folder.count("/") != 1 for folder in number):
+        return {"train": Images(files.shown, files, classes=outer)}
+    if any(folder.count("/") != 1 for folder in names):
         raise files.unexpected()
     if are_shards(files.names):
         raise files.unexpected(hint(files.path, files.names))
-    numeric = all(map(str.isdecimal, number.values()))
-    classes = sorted(set(number.values()), key=int if numeric else None)
-    number = {folder: classes.index(name) for folder, name in number.items()}
-    return {"train": Images(path, files, [number[folder] for folder in folders], classes)}
+    numeric = all(map(str.isdecimal, names.values()))
+    classes = sorted(set(names.values()), key=int if numeric else None)
+    number = {folder: classes.index(name) for folder, name in names.items()}
+    labels = [number[folder_of(name)] for name in files.names]
+    return {"train": Images(files.shown, files, labels, classes)}
 
 
 def read_npy(path: str) -> Images:
