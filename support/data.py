@@ -5,7 +5,8 @@
 decodes and crops a set once. Training on OUT then reads its pixels from OUT/images.npy.
 
 Every source becomes an array before the first step. Nothing is guessed: one line says what was
-read (`Images.summary`), and any other layout is an error that shows what was found.
+read (`Images.summary`), another what was ignored, and any other layout is an error that shows what
+was found.
 
     folder or .zip   images alone (no labels) or class folders; either may lie under train/ and
                      test/ or val/. A dataset.json (StyleGAN's and EDM's format) gives the labels

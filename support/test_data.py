@@ -684,8 +684,6 @@ def latents():
 
 
 def test_a_models_own_format_comes_first_and_may_hold_floats_and_vectors():
-    write("d/1.png")
-    assert len(first("d", own=lambda source: None)) == 1
     whole = latents()
     sources = {"both": hold_out(whole, 2), "alone": whole}
     split = open_split("both", 8, 4, own=sources.get)
