@@ -5,7 +5,8 @@
 decodes and crops a set once. Training on OUT then reads its pixels from OUT/images.npy.
 
 Every source becomes an array before the first step. Nothing is guessed: one line says what was
-read (`Images.summary`), and any other layout is an error that shows what was found.
+read (`Images.summary`), another what was ignored, and any other layout is an error that shows what
+was found.
 
     folder or .zip   images alone (no labels) or class folders; either may lie under train/ and
                      test/ or val/. A dataset.json (StyleGAN's and EDM's format) gives the labels
@@ -36,9 +37,9 @@ import unicodedata
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ from support.cli import (
     at_least,
     cache_directory,
     expanded,
+    is_first,
     reading,
     run_script,
     warn,
@@ -83,7 +85,6 @@ class Images:
     labels: np.ndarray | None = None  # (N,) int64, or float32 (N, k); None: no labels
     classes: list[str] | None = None  # the name of each label; None: labels are numbers
     numbers: np.ndarray | None = None  # (N,) int64: the place of each image in `array`
-    notes: list[str] = field(default_factory=list)  # what else the summary says
 
     def __post_init__(self):
         if self.numbers is None:
@@ -91,17 +92,18 @@ class Images:
         array = self.array
         if isinstance(array, np.ndarray):
             pixels = array.dtype == np.uint8 and array.shape[3:] in ((1,), (3,))
-            if array.ndim != 4 or not array.size or not pixels and array.dtype != np.float32:
+            floats = array.dtype == np.float32 and array.ndim == 4
+            if not array.size or not pixels and not floats:
                 raise UserError(f"{self.path}: images are {array.dtype} {array.shape}; expected "
                                 "uint8 (N, H, W, C) with C 1 or 3; convert them")
         if self.labels is None:
             return
         labels = np.asarray(self.labels)
         top = len(self.classes or []) or 2**31
-        numbers = labels.dtype.kind in "iu" and labels.ndim == 1
         vectors = labels.dtype == np.float32 and labels.ndim == 2
+        numbers = labels.dtype.kind in "iu" and labels.ndim == 1
         if len(labels) != len(self) or not vectors and not (
-                numbers and labels.min(initial=0) >= 0 and labels.max(initial=0) < top):
+                numbers and ((labels >= 0) & (labels < top)).all()):
             raise UserError(f"{self.path}: labels are {labels.dtype} {labels.shape}, "
                             f"{shortened(labels)}; expected {len(self)} whole numbers from 0 to "
                             f"{top - 1}, one for each image; correct them")
@@ -158,7 +160,7 @@ class Images:
         return [self.classes[k] if self.classes else str(k) for k in np.unique(self.labels)]
 
     def summary(self, held_out: "Images | None" = None, is_test: bool = False) -> str:
-        """What was read, in one line: the images, their classes, and what was ignored.
+        """What was read, in one line: the images, their classes, and where they are from.
 
         held_out: the images that evaluation uses; is_test says that they are the test split.
         """
@@ -171,7 +173,7 @@ class Images:
         text = f"{len(self):,} images {width}x{height} {labels}"
         if held_out is not None:
             text += f", {len(held_out):,} {'test' if is_test else 'held-out'} images"
-        return "; ".join([f"{text}, from {self.path}", *self.notes])
+        return f"{text}, from {self.path}"
 
 
 def shortened(names: Iterable, most: int = 8) -> str:
@@ -184,7 +186,13 @@ def printable(text: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-Splits = dict[str, Images]  # train, test and val, or a single one without a name
+def say(text: str) -> None:
+    """Tells the user on stderr what is being read, in the first process only."""
+    if is_first():
+        print(f"data: {printable(text)}", file=sys.stderr, flush=True)
+
+
+Splits = dict[str, Images]  # train, test and val; a set that is not split is train alone
 
 
 # ----------------------------------------------------------------------------- one image
@@ -221,8 +229,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """An image just opened as RGB, upright, on white; and whether some of it was transparent.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image just opened as RGB, upright, on white.
 
     Raises ValueError for pixels of more than 8 bits: nothing says which of their values is white,
     and of some kinds Pillow makes noise.
@@ -234,12 +242,10 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     if deep or np.max(getattr(image, "tag_v2", {}).get(258, 8)) > 8:  # a TIFF's BitsPerSample
         raise ValueError("more than 8 bits in a channel, convert it to 8 bits")
     ImageOps.exif_transpose(image, in_place=True)
-    clear = False
     if image.has_transparency_data:  # convert("RGB") would show the colours of clear pixels
         image = image.convert("RGBA")
-        clear = image.getextrema()[3][0] < 255
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), clear
+    return image.convert("RGB")
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -260,44 +266,38 @@ def processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def decoded_chunks(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndarray]:
-    """The images in order, as arrays (8 or fewer, *shape) uint8, decoded by a thread on each core.
+def decoded_images(images: Images, crop: Crop, shape: tuple) -> Iterator[np.ndarray]:
+    """The images in order, as arrays of this shape, decoded by a thread on each core.
 
     Raises one UserError at the end that names all images that cannot be used.
     """
     broken = {}
-    clear = []
 
-    def work(places: range) -> np.ndarray:
-        chunk = np.zeros((len(places), *shape), np.uint8)
-        for row, i in zip(chunk, places, strict=True):
-            name, open_image = images.file(i)
-            try:
-                image, transparent = to_rgb(open_image())
-                pixels = crop(image)
-                if pixels.shape != shape:
-                    raise ValueError(f"{pixels.shape} pixels, the first image has {shape}")
-                row[:] = pixels
-                clear.extend([i] * transparent)
-            except Exception as error:
-                broken[i] = f"{name} ({str(error).partition(' <')[0] or type(error).__name__})"
-        return chunk
+    def work(i: int) -> np.ndarray:
+        name, open_image = images.file(i)
+        try:
+            pixels = crop(to_rgb(open_image()))
+            if pixels.shape != shape:
+                raise ValueError(f"{pixels.shape} pixels, the first image has {shape}")
+            return pixels
+        except Exception as error:
+            broken[i] = f"{name} ({str(error).partition(' <')[0] or type(error).__name__})"
+            return np.zeros(shape, np.uint8)
 
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     threads = max(1, cores // processes())  # Pillow decodes and resizes without Python's lock
     n = len(images)
     progress = Progress(f"decoding {images.path}", n)
-    todo = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
-    for chunk, places in zip(in_threads(work, todo, threads, 2 * threads), todo, strict=True):
-        progress(places.stop)
-        yield chunk
+    eights = [range(i, min(i + 8, n)) for i in range(0, n, 8)]
+    results = in_threads(lambda places: [*map(work, places)], eights, threads, 2 * threads)
+    for i, pixels in enumerate(itertools.chain.from_iterable(results)):
+        progress(i + 1)
+        yield pixels
     if broken:
         each = shortened(broken[i] for i in sorted(broken))
         advice = ", lower image_size or pass --enlarge" * ("smaller than" in each)
         raise UserError(f"{images.path}: {len(broken):,} of {n:,} images cannot be used: "
                         f"{' '.join(each.split())}; replace or remove them{advice}")
-    if clear:
-        images.notes.append(f"transparency put on white in {len(clear):,} images")
 
 
 def decoded(images: Images, crop: Crop, source: str) -> Images:
@@ -316,11 +316,9 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
     elif not crop.size:
         name, open_image = images.file(0)
         with reading(f"{images.path}/{name}", "replace or remove it"):
-            shape = crop(to_rgb(open_image())[0]).shape
+            shape = crop(to_rgb(open_image())).shape
     size = len(images) * math.prod(shape)
-    memory = math.inf
-    if hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes()
     if size > memory // 4:
         raise UserError(
             f"{images.path}: its {len(images):,} images take {size / 2**30:.1f} GiB, more than a "
@@ -328,9 +326,8 @@ def decoded(images: Images, crop: Crop, source: str) -> Images:
             f"support/data.py prepare {shlex.quote(source)} OUT --image-size {min(shape[:2])} "
             f"--channels {crop.channels}{' --enlarge' * crop.enlarge}) and pass --data OUT")
     pixels = np.empty((len(images), *shape), np.uint8)
-    chunks = decoded_chunks(images, crop, shape)
-    for i, chunk in zip(itertools.count(0, 8), chunks, strict=False):
-        pixels[i:i + 8] = chunk
+    for row, image in zip(pixels, decoded_images(images, crop, shape), strict=True):
+        row[:] = image
     return replace(images, array=pixels, numbers=None)
 
 
@@ -342,32 +339,33 @@ def labels_for(images: Images, classes: list[str] | None, num_classes: int) -> I
     shifted. classes None or []: the model's classes are numbers. num_classes 0: class labels are
     dropped; vectors stay. Raises UserError if the labels do not fit the model.
     """
-    labels = images.labels
     if images.has_vectors:
         return images
     if num_classes == 0:
         return replace(images, labels=None, classes=None)
+    labels = images.labels
     if labels is None and images.classes and classes:  # all images lie in one folder, their class
         labels = np.zeros(len(images), np.int64)
     if labels is None:
         raise UserError(f"{images.path} has no labels, but num_classes is {num_classes}; expected "
                         "class folders, or an array `labels`")
-    known = classes or [str(k) for k in range(num_classes)]  # folders 0, 1, ... are numbers too
-    theirs = dict(enumerate(images.classes or known))
-    theirs = {k: theirs.get(k, str(k)) for k in np.unique(labels).tolist()}
-    unknown = [name for name in theirs.values() if name not in known]
+    numbers = [str(k) for k in range(num_classes)]  # folders 0, 1, ... are numbers too
+    known = classes or numbers
+    table = dict(zip(known if images.classes else numbers, range(num_classes), strict=True))
+    names = images.names()
+    unknown = [name for name in names if name not in table]
     if unknown:
         raise UserError(f"{images.path} has classes that the model does not have: "
                         f"{shortened(unknown)}; expected {shortened(known)}; rename, renumber or "
                         "remove them")
-    number = {k: known.index(name) for k, name in theirs.items()}
-    labels = np.array([number[k] for k in labels.tolist()])
+    _, places = np.unique(labels, return_inverse=True)
+    labels = np.array([table[name] for name in names])[places]
     return replace(images, labels=labels, classes=classes or None)
 
 
 def count_classes(images: Images, num_classes: int | None) -> int:
     """How many classes a new model has: those of its data, each with images, or num_classes."""
-    if images.labels is None or images.has_vectors:
+    if num_classes == 0 or images.labels is None or images.has_vectors:
         return num_classes or 0
     found = images.names()
     count = len(images.classes or []) or num_classes or int(images.labels.max()) + 1
@@ -380,22 +378,18 @@ def count_classes(images: Images, num_classes: int | None) -> int:
 
 
 def with_test(images: Images, *tests: Images) -> list[Images]:
-    """[images, the first test split that fits], labelled as the training images are.
-
-    A test split fits if it has the classes of the training images, or fewer.
-    """
-    have = set(images.names())
+    """[images, the first test split that has their classes or fewer], labelled as they are."""
+    have = images.names()
     for test in tests:
-        brought = set(test.names())
-        unlabelled = images.labels is None and test.labels is None
-        if brought and brought <= have or unlabelled and not (brought and have):
+        names = test.names()
+        if set(names) <= set(have) and (names or images.labels is None):
             break
     else:
         lists = [shortened(part.names()) or "no classes" for part in (images, *tests)]
         raise UserError(f"{images.path} holds {lists[0]}, but the test split {tests[0].path} holds "
                         f"{lists[1]}; expected the same classes or fewer; rename or remove "
                         "folders, or write :train behind the data to leave the test split out")
-    images.notes += [f"ignored: {other.path}" for other in tests if other is not test]
+    say(f"test images: {test.path}")
     if images.classes and images.labels is not None:
         test = labels_for(test, images.classes, len(images.classes))
     return [images, test]
@@ -416,8 +410,8 @@ def open_images(
     model's file, for its own data format. Raises UserError.
     """
     crop = Crop(image_size, channels, enlarge)
-    images, test, *_ = *(decoded(part, crop, source) for part in listed(source, crop, own)), None
-    return images, test
+    parts = [decoded(part, crop, source) for part in listed(source, crop, own)]
+    return parts[0], parts[1] if len(parts) > 1 else None
 
 
 def split_of(source: str) -> tuple[str, str]:
@@ -437,24 +431,21 @@ def absolute(source: str) -> str:
 
 def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]:
     """[images] or [images, test split] of a source; files are not yet decoded."""
-    if os.environ.get("RANK", "0") == "0":  # before anything that may take long
-        print(f"data: reading {printable(source)}", file=sys.stderr, flush=True)
+    say(f"reading {source}")  # before anything that may take long
     found = own(source) if own else None
     if found is not None:
-        pair = found if isinstance(found, tuple) else (found, None)
-        parts = [part for part in pair if part is not None]
-        return with_test(*parts) if len(parts) > 1 else parts
+        return with_test(*found) if isinstance(found, tuple) else [found]
     name, split = split_of(source)
     parts = splits(name, crop)
     train = parts.get("train")
     tests = [parts[part] for part in ("test", "val") if part in parts]
-    if tests and (split == "test" or train and not split):
-        return with_test(train or tests[0], *tests)[1 if split else 0:]
-    found = parts.get(split) or not split and train
-    if not found:
-        names = " or ".join(f"{name}:{part}" if part else name for part in parts)
-        raise UserError(f"{source} has no training split, or no split of that name; write {names}")
-    return [found]
+    if not (tests if split == "test" else train):
+        raise UserError(f"{source} has no {split or 'training'} split; write "
+                        f"{' or '.join(f'{name}:{part}' for part in parts)}")
+    if split == "train" or not tests:
+        return [train]
+    pair = with_test(train or tests[0], *tests)
+    return pair[1:] if split else pair
 
 
 def splits(name: str, crop: Crop) -> Splits:
@@ -462,13 +453,13 @@ def splits(name: str, crop: Crop) -> Splits:
     expected = f"expected {', '.join(['digits', *KNOWN])}, or a folder, .zip or .npz of images"
     path = os.path.abspath(expanded(name))
     there = name != "" and os.path.exists(path)
-    if name in ("digits", *KNOWN):
-        if there:
-            warn(f"{name} is read as the set of that name; write ./{name} for the local files")
-        if name == "digits":
-            return {split: digits(n, crop.size, crop.channels, seed)
-                    for split, n, seed in (("train", 4000, 0), ("test", 500, 1))}
-        parts = read_path(str(fetch(name)))
+    if there and name in ("digits", *KNOWN):
+        warn(f"{name} is read as the set of that name; write ./{name} for the local files")
+    if name == "digits":
+        return {"train": digits(4000, crop.size, crop.channels, seed=0),
+                "test": digits(500, crop.size, crop.channels, seed=1)}
+    if name in KNOWN:
+        parts = read_path(fetch(name))
         return {k: replace(v, path=name, classes=KNOWN[name].classes) for k, v in parts.items()}
     if not there:
         raise UserError(f"--data: {name or 'an empty name'} does not exist; {expected}")
@@ -477,20 +468,16 @@ def splits(name: str, crop: Crop) -> Splits:
 
 
 def read_path(path: str) -> Splits:
-    """The splits of a folder or file. One that holds nothing but an archive is that archive."""
+    """The splits of a folder or file."""
     if os.path.isdir(path):
-        files = list_folder(path)
-        name = files.names[0] if len(files) == 1 else ""
-        if ending(name) in (".zip", ".npz", ".tar", ".gz", ".tgz") and not TABLES.fullmatch(name):
-            return read_path(os.path.join(path, name))
-        return read_files(files)
+        return read_files(list_folder(path))
     if ending(path) == ".zip":
         return read_files(list_zip(path))
     if ending(path) == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
-            return {"": read_arrays(path, arrays)}
-    if tarfile.is_tarfile(path) and list_tar(path).tables:
-        return read_cifar(list_tar(path))
+            return {"train": read_arrays(path, arrays)}
+    if tarfile.is_tarfile(path) and (batches := list_tar(path)).names:
+        return read_cifar(batches)
     raise UserError(f"{printable(path)} is no folder, .zip or .npz of images; "
                     f"{hint(path, [path])}")
 
@@ -515,14 +502,14 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
         if other.shape[:1] == (len(images),) and not scores:
             raise UserError(f"{images.path}: its array {name} has an entry for each image, but is "
                             "not read; call it labels if it holds the labels, or else remove it")
-        images.notes.append(f"ignored: array {name}")
+        say(f"ignored: array {name}")
     return images
 
 
 # ----------------------------------------------------------------------------- files
-def beginning(folder: str) -> str:
-    """What the names of the files in a folder begin with: folder/, or nothing."""
-    return f"{folder}/" if folder else ""
+def folder_of(name: str) -> str:
+    """The folder that a file lies in, with / behind it; "" at the top."""
+    return name[:name.rfind("/") + 1]
 
 
 LAYOUT = ("expected images alone, or class folders that hold nothing but images, or one of these "
@@ -534,9 +521,9 @@ class Files:
     """Files of a folder or of an archive; their names are sorted and go from `path`, with /."""
 
     path: str
-    names: list[str]  # of images, once they have been sifted
+    names: list[str]  # once they have been sifted: of images, or else of tables
     read: Callable[[str], bytes]
-    tables: list[str] = field(default_factory=list)  # that hold many images, or their labels
+    labels: Sequence[str] = ()  # dataset.json files, which hold labels
 
     def __len__(self):
         return len(self.names)
@@ -546,18 +533,21 @@ class Files:
         """The path for messages."""
         return printable(self.path)
 
+    @property
+    def root(self) -> str:
+        """The folder that all of them are in, with / behind it."""
+        return folder_of(os.path.commonprefix([self.names[0], self.names[-1]]))
+
     def inside(self, folder: str) -> "Files":
         """Those in a folder, with names that go from there."""
-        start = beginning(folder)
-        names, tables = ([n.removeprefix(start) for n in every if n.startswith(start)]
-                         for every in (self.names, self.tables))
+        names, labels = ([n.removeprefix(folder) for n in every if n.startswith(folder)]
+                         for every in (self.names, self.labels))
         return Files(os.path.normpath(f"{self.path}/{folder}"), names,
-                     lambda name: self.read(start + name), tables)
+                     lambda name: self.read(folder + name), labels)
 
     def unexpected(self, reason: str = LAYOUT) -> UserError:
         """The error for a layout that is not one of ours: it shows what is there."""
-        folders = collections.Counter(
-            beginning(os.path.dirname(name)) for name in sorted(self.names + self.tables))
+        folders = collections.Counter(map(folder_of, sorted([*self.names, *self.labels])))
         found = printable(shortened(f"{folder or './'} ({n})" for folder, n in folders.items()))
         return UserError(f"{self.shown} holds images or tables in {found}; {reason}")
 
@@ -566,7 +556,9 @@ class Files:
 NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 CIFAR = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin)?")
-TABLES = re.compile(rf"{IDX.pattern}|{CIFAR.pattern}|images\.npy|dataset\.json")
+TABLES = re.compile(rf"{IDX.pattern}|{CIFAR.pattern}|(images|labels)\.npy|classes\.json")
+# What systems, NAS boxes and archivers leave behind: .git, @eaDir, __MACOSX.
+HIDDEN = re.compile(r"(^|/)([._@$]|Thumbs\.db|lost\+found/)")
 
 
 def ending(name: str) -> str:
@@ -584,11 +576,6 @@ def is_image(name: str) -> bool:
     return ending(name) in endings()
 
 
-def is_hidden(base: str) -> bool:
-    """Whether systems, NAS boxes or archivers leave files of such names behind: .git, @eaDir."""
-    return base.startswith((".", "_", "@", "$")) or base in ("Thumbs.db", "lost+found")
-
-
 def list_folder(path: str) -> Files:
     return Files(path, sorted(walk(path)), lambda name: Path(path, name).read_bytes())
 
@@ -603,7 +590,7 @@ def walk(path: str, place: str = "", above: tuple = ()) -> Iterator[str]:
         name = place + entry.name
         if not entry.is_dir():
             yield name
-        elif is_hidden(entry.name):
+        elif HIDDEN.match(f"{entry.name}/"):
             yield f"{name}/"
         else:
             yield from walk(entry.path, f"{name}/", (*above, real))
@@ -614,8 +601,9 @@ def list_zip(path: str) -> Files:
     archive = zipfile.ZipFile(path)
     stored = {}
     for name in archive.namelist():
-        *folders, base = name.replace("\\", "/").split("/")
-        stored["/".join([*(f for f in folders if f not in ("", ".")), base])] = name
+        parts = name.replace("\\", "/").split("/")
+        if parts[-1]:  # no folder
+            stored["/".join(part for part in parts if part not in ("", "."))] = name
     return Files(path, sorted(stored), lambda name: archive.read(stored[name]))
 
 
@@ -627,114 +615,100 @@ def list_tar(path: str) -> Files:
             name = os.path.basename(member.name)
             if member.isfile() and CIFAR.fullmatch(name):
                 contents[name] = archive.extractfile(member).read()
-    return Files(path, [], contents.__getitem__, sorted(contents))
+    return Files(path, sorted(contents), contents.__getitem__)
 
 
-def sift(files: Files) -> tuple[Files, str]:
-    """The files that are data, and in words what is ignored.
+def sift(files: Files) -> Files:
+    """The files that are data; says which are ignored. Raises UserError if none are data.
 
-    Ignored are hidden names, runs of train.py (folders with ckpt.pt or log.jsonl), and files of
-    other kinds.
+    Data are the images and the dataset.json files; where there are no images, the tables. Ignored
+    are all others, hidden ones, and runs of train.py (folders with ckpt.pt or log.jsonl).
     """
-    split = [os.path.split(name) for name in files.names]
-    runs = {folder for folder, base in split if base in ("ckpt.pt", "log.jsonl")}
-
-    @functools.cache
-    def ignored(folder: str) -> str:
-        """The hidden folder or the run because of which nothing in a folder is read; or ""."""
-        places = ["", *itertools.accumulate(folder.split("/"), "{}/{}".format)]
-        found = [p for p in places if p in runs or is_hidden(os.path.basename(p))]
-        return f"in {found[0] or '.'}" if found else ""
-
-    images = []
-    tables = []
-    others = collections.Counter()
-    for name, (folder, base) in zip(files.names, split, strict=True):
-        if ignored(folder):
-            others[ignored(folder)] += 1
-        elif is_image(base) and not is_hidden(base):
-            images.append(name)
+    names = collections.defaultdict(list)
+    runs = tuple(folder_of(name) for name in files.names
+                 if os.path.basename(name) in ("ckpt.pt", "log.jsonl"))
+    for name in files.names:
+        base = os.path.basename(name)
+        if HIDDEN.search(name):
+            kind = "hidden"
+        elif name.startswith(runs):
+            kind = "in runs of train.py"
+        elif is_image(base):
+            kind = "images"
+        elif base == "dataset.json":
+            kind = "labels"
         elif TABLES.fullmatch(base):
-            tables.append(name)
-        elif base not in ("", "labels.npy", "classes.json"):
-            others["hidden " * is_hidden(base) + (ending(base) or base)] += 1
-    words = printable(shortened([f"{n} {what}" for what, n in others.items()], 12))
-    return replace(files, names=images, tables=tables), f"ignored: {words}" * bool(words)
+            kind = "tables"
+        else:
+            kind = ending(base) or "without ending"
+        names[kind].append(name)
+    images, labels = names.pop("images", []), names.pop("labels", [])
+    data = images or names.pop("tables", [])
+    words = [f"{len(those)} {kind}" for kind, those in names.items()]
+    ignored = f"ignored: {shortened(words, 12)}" * bool(words)
+    if not data:
+        raise UserError(f"{files.shown} holds no images of a format that Pillow reads; "
+                        f"{printable(ignored)}; {hint(files.path, files.names)}")
+    if ignored:
+        say(ignored)
+    return Files(files.path, data, files.read, labels)
 
 
 # ----------------------------------------------------------------------------- layouts
 def read_files(everything: Files) -> Splits:
     """The splits in a folder or an archive."""
-    data, ignored = sift(everything)
-    files, _ = stepped_into(data)
-    names = files.names + files.tables
-    if not names:
-        raise UserError(f"{everything.shown} holds no images of a format that Pillow "
-                        f"reads; {ignored}; {hint(everything.path, everything.names)}")
-    tops = {name.partition("/")[0] for name in names}  # folders, and files that are here
-    found = {name.lower(): name for name in tops if name.lower() in ("train", "test", "val")}
-    alike = all(re.match("[^/]*(train|test|val|dev)[^/]*/", name, re.I) for name in names)
-    if "train" in found and len(found) == len(tops) > 1:
-        parts = {split: read_part(files.inside(name))[""] for split, name in found.items()}
-    elif "train" in found and len(found) > 1 or alike and len(tops) > 1:
+    data = sift(everything)
+    files = data.inside(data.root)
+    tops = {name[:name.find("/") + 1] for name in files.names}  # "" for files that lie here
+    found = {top.lower()[:-1]: top for top in tops if top.lower() in ("train/", "test/", "val/")}
+    alike = all(re.search("train|test|val|dev", top, re.I) for top in tops)
+    if "train" in found and len(found) == len(tops) > 1 and "dataset.json" not in files.labels:
+        return {split: part for split, top in found.items()
+                for part in read_part(files.inside(top)).values()}
+    if "train" in found and len(found) > 1 or alike and len(tops) > 1:
         raise files.unexpected()
-    else:
-        parts = read_part(data)
-    for part in parts.values():
-        part.notes[:0] = [ignored] * bool(ignored)
-    return parts
-
-
-def stepped_into(files: Files) -> tuple[Files, str]:
-    """The files in the folder that all data are in, and the name of that folder.
-
-    Where there are images, a table that does not lie beside or above all of them is no data.
-    """
-    tables = files.tables
-    if not files.names:
-        tables = [name for name in tables if os.path.basename(name) != "dataset.json"]
-    data = files.names or tables
-    root = os.path.commonprefix([*data[:1], *data[-1:]]).rpartition("/")[0]  # they are sorted
-    if files.names:
-        tables = [n for n in tables if f"{root}/".startswith(beginning(os.path.dirname(n)))]
-        root = os.path.dirname(min(tables, key=len)) if tables else root
-    return replace(files, tables=tables).inside(root), os.path.basename(root)
+    return read_part(data)
 
 
 def read_part(files: Files) -> Splits:
     """One split, or those that idx files and CIFAR-10's batches hold."""
-    files, outer = stepped_into(files)
-    path = files.shown
-    folders = [os.path.dirname(name) for name in files.names]
-    number = {folder: printable(folder) for folder in set(folders)}
-    if files.tables == ["dataset.json"]:
-        return {"": Images(path, files, json_labels(files))}
-    if files.tables and (files.names or "/" in "".join(files.tables)):
-        raise files.unexpected()
-    if "images.npy" in files.tables:
-        return read_npy(files.path)
-    if files.tables:
-        return read_idx(files) if IDX.fullmatch(files.tables[0]) else read_cifar(files)
-    if list(number) == [""]:  # the name of a single folder may mean nothing: it is no label
-        return {"": Images(path, files, classes=[printable(outer)] if outer else None)}
-    if "" in number or "/" in "".join(number):
+    root = files.root
+    for name in files.labels:
+        if root.startswith(folder_of(name)):
+            files = files.inside(folder_of(name))
+            return {"train": Images(files.shown, files, json_labels(files))}
+    files = files.inside(root)
+    names = {folder: printable(folder[:-1]) for folder in set(map(folder_of, files.names))}
+    flat = list(names) == [""]
+    if not is_image(files.names[0]):
+        if not flat:
+            raise files.unexpected()
+        for pattern, read in ((IDX, read_idx), (CIFAR, read_cifar)):
+            if pattern.fullmatch(files.names[0]):
+                return read(files)
+        return {"train": read_npy(files.path)}
+    if flat:  # the name of a single folder may mean nothing: it is no label
+        outer = [printable(Path(root).name)] if root else None
+        return {"train": Images(files.shown, files, classes=outer)}
+    if any(folder.count("/") != 1 for folder in names):
         raise files.unexpected()
     if are_shards(files.names):
         raise files.unexpected(hint(files.path, files.names))
-    numeric = all(map(str.isdecimal, number))
-    classes = sorted(set(number.values()), key=int if numeric else None)
-    number = {folder: classes.index(name) for folder, name in number.items()}
-    return {"": Images(path, files, [number[folder] for folder in folders], classes)}
+    numeric = all(map(str.isdecimal, names.values()))
+    classes = sorted(set(names.values()), key=int if numeric else None)
+    number = {folder: classes.index(name) for folder, name in names.items()}
+    labels = [number[folder_of(name)] for name in files.names]
+    return {"train": Images(files.shown, files, labels, classes)}
 
 
-def read_npy(path: str) -> Splits:
-    """A folder that `prepare` wrote; its images stay on disk."""
+def read_npy(path: str) -> Images:
+    """What `prepare` wrote into a folder; the images stay on disk."""
     with reading(printable(path), "expected images.npy in a folder on disk; unpack it"):
-        files = [file for file in Path(path).iterdir() if file.suffix == ".npy"]
-        arrays = {file.stem: np.load(file, mmap_mode="r") for file in files}
+        arrays = {f.stem: np.load(f, mmap_mode="r") for f in Path(path).iterdir()
+                  if f.suffix == ".npy"}
         names = Path(path, "classes.json")
         classes = json.loads(names.read_bytes()) if names.exists() else None
-    return {"": read_arrays(path, arrays, classes)}
+    return read_arrays(path, arrays, classes)
 
 
 def are_shards(names: list[str]) -> bool:
@@ -806,7 +780,7 @@ def read_idx(files: Files) -> Splits:
     """The splits in idx files, MNIST's format."""
     parts = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        if any(name.startswith(prefix) for name in files.tables):
+        if any(name.startswith(prefix) for name in files.names):
             arrays = {kind: idx_array(files, f"{prefix}-{kind}") for kind in ("images", "labels")}
             parts[split] = read_arrays(files.path, arrays)
     return parts
@@ -814,7 +788,7 @@ def read_idx(files: Files) -> Splits:
 
 def idx_array(files: Files, stem: str) -> np.ndarray:
     """The array in the file whose name begins with `stem`, unpacked if there is also a .gz."""
-    name = next((name for name in files.tables if name.startswith(stem)), None)
+    name = next((name for name in files.names if name.startswith(stem)), None)
     path = files.shown
     if not name:
         raise UserError(f"{path} has no {stem}-idx file beside the others; add it")
@@ -829,43 +803,39 @@ def idx_array(files: Files, stem: str) -> np.ndarray:
 
 
 def read_cifar(files: Files) -> Splits:
-    """The splits in CIFAR-10's batches, binary or Python's: labels, and three planes an image."""
+    """The splits in CIFAR-10's batches, binary or Python's."""
     parts = {}
     for split, stem, count in (("train", "data_batch", 5), ("test", "test_batch", 1)):
-        names = [name for name in files.tables if name.startswith(stem)]
-        names = [name for name in names if name.endswith(".bin")] or names
-        if len(names) not in (0, count):
-            raise UserError(f"{files.shown} holds {len(names)} of CIFAR-10's {count} training "
+        batches = [cifar_batch(files, name) for name in files.names if name.startswith(stem)]
+        if len(batches) not in (0, count):
+            raise UserError(f"{files.shown} holds {len(batches)} of CIFAR-10's {count} training "
                             "batches; put the others beside them")
-        planes = []
-        labels = []
-        for name in names:
-            with reading(f"{files.shown}/{name}", "expected a batch of CIFAR-10; replace it"):
-                content = files.read(name)
-                if name.endswith(".bin"):
-                    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-                    batch = {"data": records[:, 1:], "labels": records[:, 0]}
-                else:  # written by Python 2, whose text is bytes
-                    batch = Unpickler(io.BytesIO(content), encoding="latin1").load()
-                    batch = {k.decode() if isinstance(k, bytes) else k: batch[k] for k in batch}
-                planes.append(batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-                labels.extend(batch["labels"])
-        if names:
-            array = np.concatenate(planes)
+        if batches:
+            planes, labels = map(np.concatenate, zip(*batches, strict=True))
+            array = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             parts[split] = Images(files.shown, array, labels, KNOWN["cifar10"].classes)
     return parts
+
+
+def cifar_batch(files: Files, name: str) -> tuple[np.ndarray, list[int]]:
+    """The planes (n, 3072) and the labels of the images in one batch."""
+    with reading(f"{files.shown}/{name}", "expected a batch of CIFAR-10; replace it"):
+        content = files.read(name)
+        if name.endswith(".bin"):
+            records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+            return records[:, 1:], records[:, 0]
+        batch = Unpickler(io.BytesIO(content), encoding="latin1").load()  # Python 2's text
+        return batch["data"].reshape(-1, 3072), batch["labels"]
 
 
 class Unpickler(pickle.Unpickler):
     """Reads arrays, and runs no code: a pickle that asks for anything else is refused."""
 
     allowed = {
-        "_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
-        "encode": lambda text, _: text.encode("latin1"),  # how Python 3 may write bytes
-    }
+        "_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
 
     def find_class(self, module, name):
-        if module.split(".")[0] in ("numpy", "_codecs") and name in self.allowed:
+        if module.split(".")[0] == "numpy" and name in self.allowed:
             return self.allowed[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
@@ -919,15 +889,16 @@ KNOWN = {
 }
 
 
-def fetch(name: str) -> Path:
-    """The folder with the data set `name`; missing files are downloaded and checked."""
+def fetch(name: str) -> str:
+    """The folder or the archive with the data set `name`; missing files are downloaded."""
     folder = cache_directory() / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file, sha256 in KNOWN[name].files.items():
-        if not any(folder.glob(f"{file.partition('-idx')[0]}*")):  # it may have another ending
-            receive = functools.partial(download, KNOWN[name].address + file, sha256, folder)
+    known = KNOWN[name]
+    for file, sha256 in known.files.items():
+        if not (folder / file).exists():
+            receive = functools.partial(download, known.address + file, sha256, folder)
             write_file(folder / file, receive)
-    return folder
+    return str(folder if len(known.files) > 1 else folder / file)
 
 
 def download(url: str, sha256: str, folder: Path, file) -> None:
@@ -1008,9 +979,8 @@ def open_split(
     images, test = open_images(source, image_size, channels, enlarge, own)
     digest = images.digest()
     if classes is None:
-        classes = images.classes if images.labels is not None else None
-        if num_classes != 0:
-            num_classes = count_classes(images, num_classes)
+        classes = images.classes if images.labels is not None else []
+        num_classes = count_classes(images, num_classes)
     train = labels_for(images, classes, num_classes)
     classes = train.classes or []
     if holdout:
@@ -1062,27 +1032,28 @@ def batches(
     share = batch_size // world
 
     @functools.lru_cache(2)  # a step may end one epoch and begin the next
-    def epoch(number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The places (m,) in the order of an epoch, and which of them (m,) are mirrored."""
+    def epoch(number: int) -> np.ndarray:
+        """(2, m): the places in the order of an epoch, and 1 for those that are mirrored."""
         if epoch_order:
             generator = image_generators(seed, [number], torch.device("cpu"))[0]
             labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
             order = epoch_order(torch.from_numpy(labels), generator).numpy()
         else:
             order = np.random.default_rng([seed, number]).permutation(len(images))
-        return order, np.random.default_rng([seed, number, 1]).random(len(order)) < 0.5
+        mirrored = np.random.default_rng([seed, number, 1]).random(len(order)) < 0.5
+        return np.stack([order, mirrored])
 
-    m = len(epoch(0)[0])
+    m = epoch(0).shape[1]
 
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
         uid = step * batch_size + rank * share + np.arange(share)
-        parts = [[part[uid[uid // m == number] % m] for part in epoch(number)]
-                 for number in range(uid[0] // m, uid[-1] // m + 1)]
-        places, mirrored = map(np.concatenate, zip(*parts, strict=True))
+        number, g = np.divmod(uid, m)
+        parts = [epoch(k)[:, g[number == k]] for k in range(number[0], number[-1] + 1)]
+        places, mirrored = np.concatenate(parts, axis=1)
         pixels, labels = images.batch(places)
         if flip:
             array = pixels.numpy()
-            array[mirrored] = array[mirrored, ..., ::-1]
+            array[mirrored == 1] = array[mirrored == 1, ..., ::-1]
         return pixels, labels, torch.from_numpy(uid)
 
     yield from in_threads(make, itertools.count(start_step), threads=1, ahead=1)
@@ -1146,8 +1117,8 @@ def prepare(images: Images, crop: Crop, out: Path) -> Images:
     def write(file) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *shape)}
         np.lib.format.write_array_header_1_0(file, header)
-        for chunk in decoded_chunks(images, crop, shape):
-            file.write(chunk)
+        for pixels in decoded_images(images, crop, shape):
+            file.write(pixels)
 
     write_file(out / "images.npy", write)
     return replace(images, array=np.load(out / "images.npy", mmap_mode="r"), numbers=None)
