@@ -75,6 +75,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N",
                         help="seed; the noise of image i depends on it and on i alone (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false",
+                        help="do not let a GPU record the loops over tokens and replay them from "
+                        "the third batch on (default: it does; a CPU never does)")
     parser.add_settings("sampling (defaults of the checkpoint)", defaults)
     args = parser.parse_args(argv)
     saved = saved or read(args.checkpoint)
@@ -138,7 +141,7 @@ def draw(model, labels: Tensor, columns: dict, args) -> tuple[dict[str, list], b
         for name, options in columns.items():
             say(f"drawing {len(labels)} images: {in_use(model, options)}", sys.stderr)
             for batch in draw_together(model, labels, options, args.seed, args.batch_size,
-                                       args.log_prob, quiet=False):
+                                       args.log_prob, args.graphs, quiet=False):
                 drawn.setdefault(name, []).append(batch)
         leave()
     except (KeyboardInterrupt, RuntimeError) as error:

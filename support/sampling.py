@@ -98,19 +98,19 @@ def replaying(model: nn.Module, on: bool) -> Iterator[None]:
 # ----------------------------------------------------------------------------- drawing images
 def sample_images(
     model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, start: int = 0,
-    progress: Progress | None = None, log_prob: bool = False,
+    progress: Progress | None = None, log_prob: bool = False, graphs: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
     """Draws an image for each label; options is an instance of the model's Sampling.
 
     Yields batches: numbers (b,) int64, images (b, H, W, C), and with log_prob the fields of
     model.log_prob, each (b,) in nats. Images are uint8, or float32 where the model was trained on
     floats. Image i depends on (seed, start + i) and its label alone, not on batch_size. Images that
-    are not finite are left out; a warning at the end counts them. A GPU replays what it can, see
-    `Replayed`.
+    are not finite are left out; a warning at the end counts them. With graphs a GPU replays what it
+    can, see `Replayed`.
     """
     device = device_of(model)
     lost = 0
-    with replaying(model, device.type == "cuda"):
+    with replaying(model, graphs and device.type == "cuda"):
         for i in range(0, len(labels), batch_size):
             y = labels[i:i + batch_size].to(device)
             numbers = np.arange(start + i, start + i + len(y))
@@ -132,7 +132,7 @@ def sample_images(
 
 def draw_together(
     model: nn.Module, labels: Tensor, options, seed: int, batch_size: int, log_prob: bool = False,
-    quiet: bool = True,
+    graphs: bool = True, quiet: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
     """sample_images with all processes, each its share: rank 0 gets the batches of all of them.
 
@@ -142,7 +142,7 @@ def draw_together(
     mine = share(len(labels))
     made = sample_images(
         model, labels[mine.start:mine.stop], options, seed, batch_size, mine.start,
-        Progress("sampled", len(mine), quiet), log_prob)
+        Progress("sampled", len(mine), quiet), log_prob, graphs)
     rounds = math.ceil(math.ceil(len(labels) / world) / batch_size)
     for _ in range(rounds + 1):  # the last one is empty: it ends `made`
         for batch in gather(next(made, None)):
