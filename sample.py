@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             args.sweep.partition("=")[0]))
     elif picture:
         images = placed(drawn[""], num, c)
-        write_picture(out, grid([images[rows == row] for row in range(len(choices))],
+        write_picture(out, grid([images[(rows == row).numpy()] for row in range(len(choices))],
                                 class_names(classes, names, c.num_classes)))
     else:
         numbers, images, log_p = zip(*drawn[""], strict=True)

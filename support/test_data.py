@@ -885,6 +885,8 @@ def test_prepare_keeps_numbers_and_writes_only_what_there_is():
     write("in/bee/8.png")
     prepare("in", "flat", "--image-size", 8)
     assert os.listdir("flat") == ["images.npy"]
+    prepare("in", "large", "--image-size", 99, "--enlarge")
+    assert first("large").array.shape == (1, 99, 99, 3)
     shutil.make_archive("z", "zip", "flat")
     assert "unpack" in refused(open_images, "z.zip")
 

@@ -31,6 +31,7 @@ def test_a_picture_has_a_row_for_each_class_that_was_asked_for(small_run, tmp_pa
     for argv, rows, columns in (
         ("--num 12 --labels 0,1,2,3,4", 5, 3),
         ("--labels 7,3 --num 4", 2, 2),
+        ("--labels 7,3 --num 1", 2, 1),
         ("--labels 10 --num 3", 1, 3),  # the null class
         ("--guidance 0.5", 10, 10),
     ):
@@ -153,13 +154,15 @@ def test_held_out_likelihood_by_hand(small_run, tiny_data, noise):
         bits = np.mean(values) / math.log(2) + 7
         assert result["bits_per_dim"] == pytest.approx(bits, rel=1e-5)
     assert ("bits_per_dim" in result) == (noise != "gaussian")
-    assert sampling.evaluate(model, held_out, noise, 0.2, num=7)["images"] == 7
+    some = sampling.evaluate(model, held_out, noise, 0.2, num=7)  # spread evenly
+    assert some["images"] == 7
+    assert some["nats_per_dim"] == pytest.approx(np.mean(values[::3]), rel=1e-5)
 
 
-def test_denoise_is_compared_with_the_noise_of_training(small_run, capsys):
+def test_denoise_is_compared_with_the_noise_of_training(small_run, tmp_path, capsys):
     model, extra = load(small_run)
     options = type(model.config.sampling)(denoise=0.5)
-    sampling.check_options(options, extra)
+    run(sample, small_run, "--num", 1, "--denoise", 0.5, "--out", tmp_path / "x.png")
     assert "--denoise: got 0.5, but training ended with noise of std" in capsys.readouterr().err
     extra["training"]["noise"] = "uniform"
     with pytest.raises(UserError, match="uniform noise"):

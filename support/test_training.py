@@ -77,7 +77,9 @@ class Model(nn.Module):
         u = torch.stack([torch.rand((), generator=g) for g in generators])
         e = self.rows(x + u.view(-1, 1, 1, 1), labels)
         half = torch.tensor(float(torch.is_autocast_enabled("cpu")))
-        return {"loss": e.square().sum(1), "half": half}
+        training = torch.tensor(float(self.training))
+        nats = e.square().sum(1)
+        return {"loss": nats, "nats_per_dim": nats, "half": half, "training": training}
 
     def log_prob(self, x, labels=None):
         return LogProb(-self.rows(x, labels).square().sum(1))
@@ -110,7 +112,7 @@ def generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def by_hand(images, labels, optimizer: str, clip: float, seed: int):
+def by_hand(images, labels, optimizer: str, clip: float, flip: bool, seed: int):
     """Yields the parameters, their averages, lr and the gradient's norm after each step."""
     table = torch.linspace(-1, 1, 16).view(4, 4).requires_grad_()
     matrix = torch.arange(16.0).view(4, 4).sin().requires_grad_()
@@ -133,7 +135,7 @@ def by_hand(images, labels, optimizer: str, clip: float, seed: int):
             epoch, place = divmod(number, 10)
             i = np.random.default_rng([seed, epoch]).permutation(10)[place]
             x = images[i]
-            if np.random.default_rng([seed, epoch, 1]).random(10)[place] < 0.5:
+            if flip and np.random.default_rng([seed, epoch, 1]).random(10)[place] < 0.5:
                 x = x.flip(-1)
             x = (x + 0.5) / 128 - 1
             x = x + sigma * torch.randn(x.shape, generator=generator(seed, number))
@@ -157,8 +159,10 @@ def by_hand(images, labels, optimizer: str, clip: float, seed: int):
         yield [p.detach().clone() for p in params], [a.clone() for a in averages], lr, norm
 
 
-@pytest.mark.parametrize("optimizer, clip", [("adamw", 0.5), ("adamw", 0), ("muon", 0.5)])
-def test_every_step_equals_a_loop_written_by_hand(small_model, monkeypatch, optimizer, clip):
+@pytest.mark.parametrize("optimizer, clip, flip", [
+    ("adamw", 0.5, True), ("adamw", 0, False), ("muon", 0.5, True)])
+def test_every_step_equals_a_loop_written_by_hand(
+        small_model, monkeypatch, optimizer, clip, flip):
     real = train.save
     kept = {}
 
@@ -170,9 +174,9 @@ def test_every_step_equals_a_loop_written_by_hand(small_model, monkeypatch, opti
     run(train, *FLAGS, *(f"--steps {STEPS} --optimizer {optimizer} --clip {clip} --lr 0.05 "
                          "--lr-end 0.1 --warmup 3 --weight-decay 0.1 --noise-start 0.5 "
                          "--noise-end 0.02 --label-drop 0.4 --ema 0.5 --seed 3 --save-every 1 "
-                         "--sample-every 0").split())
+                         "--sample-every 0").split(), "--flip" if flip else "--no-flip")
     names = ("table", "layer.weight", "layer.bias")
-    steps = by_hand(*small_model, optimizer, clip, seed=3)
+    steps = by_hand(*small_model, optimizer, clip, flip, seed=3)
     for step, (params, averages, lr, norm) in enumerate(steps, 1):
         raw = kept[step]["extra"]["raw_weights"]
         for name, mine, average in zip(names, params, averages, strict=True):
@@ -209,6 +213,8 @@ def test_a_new_run_begins_with_its_data_where_its_preset_says(small_model):
     noise = [torch.rand(1, 4, 4, generator=generator(0, i)) for i in range(10)]
     expected = ((images + torch.stack(noise)) / 128 - 1).mean()
     assert weights(out)["seen"] == pytest.approx(expected.item(), abs=1e-6)  # by fit()
+    bits = logged(out, "loss")[0] / math.log(2) + 7
+    assert logged(out, "bits_per_dim") == pytest.approx([bits])
     with Image.open(out / "data.png") as picture:
         assert picture.size == (8 + 7 + 4 * 50, 3 * 50)  # the class, and up to four images
         first_of_class_1 = np.array(picture.convert("L"))[50:98, 15:63][::12, ::12]
@@ -236,6 +242,7 @@ def test_pictures_and_likelihood_use_the_averages_at_their_steps(small_model, mo
         real = getattr(train, name)
 
         def called(model, *args, **kwargs):
+            assert not model.training
             calls.append((name, steps[-1], {k: w.clone() for k, w in model.state_dict().items()}))
             if name == "evaluate":
                 assert args[1:] == ("gaussian", 0.03)
@@ -254,6 +261,7 @@ def test_pictures_and_likelihood_use_the_averages_at_their_steps(small_model, mo
     assert same_weights(calls[-1][2], weights("run"))
     assert not same_weights(weights("run"), extra("run")["raw_weights"])
     assert logged("run", "step") == [1, 2, 3, 5, 6, 7, 7]
+    assert set(logged("run", "training")) == {1.0}
 
 
 def test_ways_to_run_reach_the_layers_and_the_pass(small_model, monkeypatch):
@@ -261,8 +269,9 @@ def test_ways_to_run_reach_the_layers_and_the_pass(small_model, monkeypatch):
     monkeypatch.setattr(train, "prepare_layers", lambda *args: prepared.append(args[1:]))
     run(train, *FLAGS, "--precision", "bfloat16", "--compile", "--checkpointing")
     assert prepared == [(True, True)] and set(logged("run", "half")) == {1.0}
-    run(train, *FLAGS[:-1], "other")
+    run(train, *FLAGS[:-1], "other", "--noise", "none", "--holdout", 1)
     assert prepared[1:] == [(False, False)] and set(logged("other", "half")) == {0.0}
+    assert logged("other", "val_images") == []  # without noise there is no density
 
 
 def test_tf32_is_for_training_in_bfloat16_on_a_gpu_alone():
@@ -281,6 +290,15 @@ def test_what_a_model_cannot_do_is_refused(small_model, capsys):
     assert not Path("run").exists()
     run(train, *FLAGS, "--steps", 1)
     fails(capsys, train, ["--distill", "run"], "small_model has no student")
+
+
+def test_a_models_own_order_of_images_is_asked_for(small_model, capsys):
+    Path("ordered.py").write_text(
+        SMALL_MODEL + "\ndef epoch_order(labels, generator):\n"
+        "    raise ValueError(f'an order of {len(labels)} images')\n")
+    fails(capsys, train, [*FLAGS, "--model", "ordered"], "an order of 10 images")
+    run(train, *FLAGS)  # into the same folder, as that run has made no step
+    assert logged("run", "step") == [1, 2, 3, 4]
 
 
 # ----------------------------------------------------------------------------- other beginnings
@@ -379,7 +397,7 @@ def test_a_signal_ignored_at_the_start_stays_ignored_and_a_second_one_interrupts
             signal.raise_signal(signal.SIGTERM)
             assert received == [signal.SIGTERM]
             with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGHUP, before)
 
