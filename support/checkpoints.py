@@ -135,10 +135,12 @@ def read(path: str | Path) -> Saved:
     with reading(file, "expected a checkpoint that train.py wrote"):
         with zipfile.ZipFile(file) as parts:
             damaged = parts.testzip()  # torch stores checksums but does not look at them
+            compressed = any(part.compress_type for part in parts.infolist())  # cannot be mapped
         if damaged:
             raise UserError(f"{file}: its part {damaged} is damaged; use another copy")
         with warnings.catch_warnings(action="ignore"):  # of files that torch.jit wrote
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(file, map_location="cpu", weights_only=True,
+                                 mmap=not compressed)
         if content["format"] != FORMAT:
             raise ValueError("it has another format")
         version = content["version"]
