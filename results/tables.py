@@ -42,6 +42,7 @@ OWN = REPOSITORY / "runs" / "tables"
 CLASSIFIER = "assets/fashion-classifier.pt"
 DATA = "fashion-mnist"
 NUM_SAMPLES = 2000
+SAMPLING_SEEDS = [1, 2, 3, 4, 5]  # of finished weights; a trained row is sampled with seed 1
 QUIET = ["--sample-every", "0", "--val-every", "0"]
 
 
@@ -63,96 +64,103 @@ def guidance(*weights: float, more: str = "") -> dict[str, str]:
     return {f"w = {w}": f"--guidance {w} {more}".strip() for w in weights}
 
 
-FASHION = "--preset fashion"
 FINISHED = "assets/fashion.pt"
 MIXED = "assets/fashion-mixing.pt"
+FASHION = "--preset fashion"
 MIXING = "--model examples.channel_mixing --preset fashion"
+# The paper's settings in miniature. The rows that vary one of them start here, not at our presets.
+PAPER_SETTINGS = "--informative-mixtures 8 --redundant-mixtures 1 --final-flip --noise-end 0.03"
+AS_PAPER = f"{FASHION} {PAPER_SETTINGS}"
+MIXING_AS_PAPER = f"{MIXING} {PAPER_SETTINGS}"
+JET = f"--model baselines.jetformer --preset table4 {PAPER_SETTINGS}"
 TARFLOW = "--model baselines.tarflow --preset fashion"
 JETFORMER = "--model baselines.jetformer --preset fashion"
 ARFLOW = "--model baselines.arflow --preset"
-JET = "--model baselines.jetformer --preset table4"
-LIKELIHOOD = {"": "--eval"}  # instead of flags of sample.py: the likelihood of the test split
 NAIVE = "--guidance-method naive"
 NO_MAP = "--no-whiten --redundant-mixtures 64"
 UNIFORM = "--noise uniform"
-W_0 = guidance(0)
-W_1 = guidance(1)
-BOTH = guidance(0, 1)
-EULER = guidance(0, 1, more="--steps 20")
+LIKELIHOOD = {"": "--eval"}  # instead of flags of sample.py: the likelihood of the test split
+DENOISED = "--denoise 0.03"  # the noise that training ended with in the rows as in the paper
+W_0 = guidance(0, more=DENOISED)
+W_1 = guidance(1, more=DENOISED)
+BOTH = guidance(0, 1, more=DENOISED)
+EULER = guidance(0, 1, 1.5, more="--steps 20")
 STUDENT = {
-    "exact, denoise 0": "--inverse exact --guidance 1 --denoise 0",
-    "exact, denoise 0.03": "--inverse exact --guidance 1 --denoise 0.03",
-    "student, denoise 0": "--inverse student --guidance 1 --denoise 0",
-    "student, denoise 0.03": "--inverse student --guidance 1 --denoise 0.03",
+    f"{inverse}, denoise {sigma}": f"--inverse {inverse} --guidance 1 --denoise {sigma}"
+    for inverse in ("exact", "student") for sigma in ("0", "0.06")
 }
 REAL = Row("real images", "", {"": ""})
 
 TABLES: dict[str, list[Row]] = {
     "table3": [
-        Row("no split", f"{FASHION} --informative-dim 16 --class-tokens 1 --no-final-flip", W_0,
+        Row("no split", f"{AS_PAPER} --informative-dim 16 --class-tokens 1 --no-final-flip", W_0,
             1000),
-        Row("+ split", f"{FASHION} --class-tokens 1 --no-final-flip", W_0, 1000),
-        Row("+ split + class tokens", f"{FASHION} --no-final-flip", W_0, 1000),
-        Row("+ split + final flip", f"{FASHION} --class-tokens 1", W_0, 1000),
-        Row("all", FASHION, W_0, 1000),
-        Row("all, N(0, I) for Z_R", f"{FASHION} --redundant-mixtures 0", BOTH, 1000),
-        Row("all, K_R = 64", f"{FASHION} --redundant-mixtures 64", BOTH, 900),
-        Row("all + naive CFG", FASHION, guidance(1, more=NAIVE), 1000),
-        Row("all + resampling CFG", FASHION, W_1, 1000),
+        Row("+ split", f"{AS_PAPER} --class-tokens 1 --no-final-flip", W_0, 1000),
+        Row("+ split + class tokens", f"{AS_PAPER} --no-final-flip", W_0, 1000),
+        Row("+ split + final flip", f"{AS_PAPER} --class-tokens 1", W_0, 1000),
+        Row("all", AS_PAPER, W_0, 1000),
+        Row("all, N(0, I) for Z_R", f"{AS_PAPER} --redundant-mixtures 0", BOTH, 1000),
+        Row("all, K_R = 64", f"{AS_PAPER} --redundant-mixtures 64", BOTH, 900),
+        Row("all + naive CFG", AS_PAPER, guidance(1, more=f"{NAIVE} {DENOISED}"), 1000),
+        Row("all + resampling CFG", AS_PAPER, W_1, 1000),
         REAL,
     ],
     "table4": [
         Row("Jet, no map, K_R = 64", f"{JET} {NO_MAP}", W_1, 900),
-        Row("AF, no map, K_R = 64", f"{FASHION} {NO_MAP}", W_1, 900),
-        Row("AF + student, no map, K_R = 64", f"{FASHION} {NO_MAP}", W_1, 900, student=True),
+        Row("AF, no map, K_R = 64", f"{AS_PAPER} {NO_MAP}", W_1, 900),
+        Row("AF + student, no map, K_R = 64", f"{AS_PAPER} {NO_MAP}", W_1, 900, student=True),
         Row("Jet", JET, W_1, 900),
-        Row("AF", FASHION, W_1, 1000),
-        Row("AF, 8 blocks x 1 layer", f"{FASHION} --flow-blocks 8 --flow-layers 1", W_1, 800),
-        Row("AF + 1 coupling", f"{MIXING} --flow-layers 2 --couplings 1", W_1, 700),
-        Row("AF + 2 couplings", f"{MIXING} --flow-layers 2 --couplings 2", W_1, 700),
+        Row("AF", AS_PAPER, W_1, 1000),
+        Row("AF, 8 blocks x 1 layer", f"{AS_PAPER} --flow-blocks 8 --flow-layers 1", W_1, 800),
+        Row("AF + 1 coupling", f"{MIXING_AS_PAPER} --flow-layers 2 --couplings 1", W_1, 700),
+        Row("AF + 2 couplings", f"{MIXING_AS_PAPER} --flow-layers 2 --couplings 2", W_1, 700),
         REAL,
     ],
     "flip": [
-        Row("final flip", FASHION, BOTH, 1000),
-        Row("no final flip", f"{FASHION} --no-final-flip", BOTH, 1000),
+        Row("final flip", AS_PAPER, BOTH, 1000),
+        Row("no final flip", f"{AS_PAPER} --no-final-flip", BOTH, 1000),
         # On turned images, the last block and the AR both read the tokens in the other order.
-        Row("final flip, turned images", FASHION, BOTH, 1000, turned=True),
-        Row("no final flip, turned images", f"{FASHION} --no-final-flip", BOTH, 1000, turned=True),
+        Row("final flip, turned images", AS_PAPER, BOTH, 1000, turned=True),
+        Row("no final flip, turned images", f"{AS_PAPER} --no-final-flip", BOTH, 1000, turned=True),
         REAL,
     ],
     "fig6": [
-        Row("K_I = 1", f"{FASHION} --informative-mixtures 1", BOTH, 1000),
-        Row("K_I = 4", f"{FASHION} --informative-mixtures 4", BOTH, 1000),
-        Row("K_I = 8, d_I = 8", FASHION, BOTH, 1000),
-        Row("K_I = 32", f"{FASHION} --informative-mixtures 32", BOTH, 1000),
-        Row("d_I = 2", f"{FASHION} --informative-dim 2", BOTH, 1000),
-        Row("d_I = 4", f"{FASHION} --informative-dim 4", BOTH, 1000),
-        Row("d_I = 12", f"{FASHION} --informative-dim 12", BOTH, 1000),
+        Row("K_I = 1", f"{AS_PAPER} --informative-mixtures 1", BOTH, 1000),
+        Row("K_I = 4", f"{AS_PAPER} --informative-mixtures 4", BOTH, 1000),
+        Row("K_I = 8, d_I = 8", AS_PAPER, BOTH, 1000),
+        Row("K_I = 32", f"{AS_PAPER} --informative-mixtures 32", BOTH, 1000),
+        Row("d_I = 2", f"{AS_PAPER} --informative-dim 2", BOTH, 1000),
+        Row("d_I = 4", f"{AS_PAPER} --informative-dim 4", BOTH, 1000),
+        Row("d_I = 12", f"{AS_PAPER} --informative-dim 12", BOTH, 1000),
         REAL,
     ],
     "guidance": [
         Row("finished preset, resampling", FINISHED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
         Row("finished preset, naive", FINISHED, guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE)),
         Row("finished channel mixing, resampling", MIXED, guidance(0, 0.5, 0.75, 1, 1.5, 2)),
-        Row("young model, resampling", FASHION, guidance(0, 0.5, 0.75, 1, 1.5, 2), 1000),
-        Row("young model, naive", FASHION, guidance(0.5, 0.75, 1, 1.5, 2, more=NAIVE), 1000),
+        Row("young model, resampling", AS_PAPER,
+            guidance(0, 0.5, 0.75, 1, 1.5, 2, more=DENOISED), 1000),
+        Row("young model, naive", AS_PAPER,
+            guidance(0.5, 0.75, 1, 1.5, 2, more=f"{NAIVE} {DENOISED}"), 1000),
         REAL,
     ],
     "denoise": [
         Row(FINISHED, FINISHED, {
             "w = 0, off": "--inverse exact --guidance 0 --denoise 0",
-            "w = 0, on": "--inverse exact --guidance 0 --denoise 0.03",
+            "w = 0, on": "--inverse exact --guidance 0 --denoise 0.06",
             "w = 1, off": "--inverse exact --guidance 1 --denoise 0",
-            "w = 1, on": "--inverse exact --guidance 1 --denoise 0.03",
+            "w = 1, on": "--inverse exact --guidance 1 --denoise 0.06",
         }),
         REAL,
     ],
     "student": [Row(FINISHED, FINISHED, STUDENT), Row(MIXED, MIXED, STUDENT), REAL],
     "peers": [
-        Row("FARMER", FASHION, BOTH, 1000),
-        Row("FARMER + channel mixing", MIXING, BOTH, 1000),
-        Row("TarFlow", TARFLOW, BOTH, 900),
-        Row("JetFormer", JETFORMER, BOTH, 500),
+        Row("FARMER", FASHION, guidance(0, 1, 1.5), 1000),
+        Row("FARMER, the paper's settings", AS_PAPER, BOTH, 1000),
+        Row("FARMER + channel mixing", MIXING, guidance(0, 1), 1000),
+        Row("channel mixing, the paper's settings", MIXING_AS_PAPER, BOTH, 1000),
+        Row("TarFlow", TARFLOW, guidance(0, 1), 900),
+        Row("JetFormer", JETFORMER, guidance(0, 1), 500),
         Row("SiT", f"{ARFLOW} sit-fashion", EULER, 1500),
         Row("ARFlow, S = 1", f"{ARFLOW} arflow1-fashion", EULER, 1100),
         Row("ARFlow, S = 5", f"{ARFLOW} fashion", EULER, 900),
@@ -238,7 +246,9 @@ def result_of(row: Row, sampling: str, seed: int) -> dict:
             if flags == "--eval":
                 test = f"{DATA}:test"
                 return result | json.loads(run("train.py", "--eval", out, "--data", test))
-            run("sample.py", out, "--num", NUM_SAMPLES, "--seed", 1, "--out", file, *flags.split())
+            drawn = 1 if row.steps else seed
+            run("sample.py", out, "--num", NUM_SAMPLES, "--seed", drawn, "--out", file,
+                *flags.split())
             if row.turned:
                 images, _ = open_images(file)
                 np.savez(file, images=turn(images.array), labels=images.labels)
@@ -271,7 +281,7 @@ def run_rows(table: str, rows: list[Row], seeds: list[int]) -> None:
     done = read_results(OWN, table)
     todo = []
     for row in rows:
-        for seed in seeds if row.steps else [0]:
+        for seed in seeds if row.steps else SAMPLING_SEEDS if row.weights else [0]:
             todo += [(row, way, seed) for way in row.ways
                      if (row.name, way, row.steps, seed) not in done]
     if not todo:
@@ -337,7 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="tables.py", description=__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=integers, default=[0], metavar="S1,S2",
-                        help="of training (default: 0)")
+                        help="of training (default: 0); finished weights are sampled with five")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows only, by exact names")
     parser.add_argument("--print", action="store_true", help="print the published table alone")
     args = parser.parse_args(argv)
