@@ -167,8 +167,8 @@ TABLES: dict[str, list[Row]] = {
         REAL,
     ],
     "likelihood": [
-        Row("FARMER", f"{FASHION} {UNIFORM}", LIKELIHOOD, 1000),
-        Row("FARMER + channel mixing", f"{MIXING} {UNIFORM}", LIKELIHOOD, 1000),
+        Row("FARMER", f"{AS_PAPER} {UNIFORM}", LIKELIHOOD, 1000),
+        Row("FARMER + channel mixing", f"{MIXING_AS_PAPER} {UNIFORM}", LIKELIHOOD, 1000),
         # With Muon TarFlow gets stuck under this noise, and the guard skips its growing gradients.
         Row("TarFlow", f"{TARFLOW} {UNIFORM} --guard 0 --optimizer adamw --lr 3e-3", LIKELIHOOD,
             900),
