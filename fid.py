@@ -166,8 +166,7 @@ def open_side(path: str, args, own, size: int | None = None, channels: int = 3) 
     if is_checkpoint(path):
         raise UserError(f"{path}: is a checkpoint; give --num to draw samples from its model")
     images, _ = open_images(path, size, channels, args.enlarge, own)
-    if cli.is_first():
-        print(f"data: {images.summary()}", file=sys.stderr)
+    cli.say(f"data: {images.summary()}", sys.stderr)
     side.num, *side.shape = images.array.shape
     mine = share(side.num)
     parts = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
@@ -177,8 +176,7 @@ def open_side(path: str, args, own, size: int | None = None, channels: int = 3) 
 
 def samples_of(model, options, conditions, args) -> Side:
     """--num samples of a model, all classes in turn: the images of sample.py for this seed."""
-    if cli.is_first():
-        print(f"drawing {args.num} images: {in_use(model, options)}", file=sys.stderr)
+    cli.say(f"drawing {args.num} images: {in_use(model, options)}", sys.stderr)
     c = model.config
     part = share(args.num)
     labels = default_labels(args.num, c.num_classes, conditions)[part.start:part.stop]

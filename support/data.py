@@ -57,9 +57,9 @@ from support.cli import (
     at_least,
     cache_directory,
     expanded,
-    is_first,
     reading,
     run_script,
+    say,
     warn,
     write_file,
 )
@@ -186,10 +186,9 @@ def printable(text: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-def say(text: str) -> None:
+def note(text: str) -> None:
     """Tells the user on stderr what is being read, in the first process only."""
-    if is_first():
-        print(f"data: {printable(text)}", file=sys.stderr, flush=True)
+    say(f"data: {printable(text)}", sys.stderr)
 
 
 Splits = dict[str, Images]  # train, test and val; a set that is not split is train alone
@@ -389,7 +388,7 @@ def with_test(images: Images, *tests: Images) -> list[Images]:
         raise UserError(f"{images.path} holds {lists[0]}, but the test split {tests[0].path} holds "
                         f"{lists[1]}; expected the same classes or fewer; rename or remove "
                         "folders, or write :train behind the data to leave the test split out")
-    say(f"test images: {test.path}")
+    note(f"test images: {test.path}")
     if images.classes and images.labels is not None:
         test = labels_for(test, images.classes, len(images.classes))
     return [images, test]
@@ -431,7 +430,7 @@ def absolute(source: str) -> str:
 
 def listed(source: str, crop: Crop, own: Callable | None = None) -> list[Images]:
     """[images] or [images, test split] of a source; files are not yet decoded."""
-    say(f"reading {source}")  # before anything that may take long
+    note(f"reading {source}")  # before anything that may take long
     found = own(source) if own else None
     if found is not None:
         return with_test(*found) if isinstance(found, tuple) else [found]
@@ -502,7 +501,7 @@ def read_arrays(path: str, arrays, classes: list[str] | None = None) -> Images:
         if other.shape[:1] == (len(images),) and not scores:
             raise UserError(f"{images.path}: its array {name} has an entry for each image, but is "
                             "not read; call it labels if it holds the labels, or else remove it")
-        say(f"ignored: array {name}")
+        note(f"ignored: array {name}")
     return images
 
 
@@ -650,7 +649,7 @@ def sift(files: Files) -> Files:
         raise UserError(f"{files.shown} holds no images of a format that Pillow reads; "
                         f"{printable(ignored)}; {hint(files.path, files.names)}")
     if ignored:
-        say(ignored)
+        note(ignored)
     return Files(files.path, data, files.read, labels)
 
 
